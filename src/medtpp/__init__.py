@@ -1,0 +1,1 @@
+"""Target Parameter Pre-training for parameter-efficient fine-tuning on medical images."""

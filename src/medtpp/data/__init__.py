@@ -1,0 +1,1 @@
+"""Data: layouts, checks, splits, the image cache, augmentation, phantoms."""

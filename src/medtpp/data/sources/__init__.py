@@ -1,0 +1,1 @@
+"""Data layouts, one file each."""

@@ -1,0 +1,1 @@
+"""Evaluation: predictions (files) to metrics with intervals. Loads no model."""

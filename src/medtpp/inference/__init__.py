@@ -1,0 +1,1 @@
+"""Inference: an adapter folder and images to predictions."""

@@ -1,0 +1,1 @@
+"""Downstream tasks: heads and losses, one file each."""

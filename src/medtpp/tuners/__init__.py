@@ -1,0 +1,1 @@
+"""Tuners (PEFT methods), one file per family."""

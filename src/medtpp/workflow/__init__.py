@@ -1,0 +1,1 @@
+"""Runs: stages as cached steps over folders."""
