@@ -63,6 +63,11 @@ class Registry(Generic[T]):
         for name in self.names():
             yield name, self._entries[name]
 
+    def values(self) -> Iterator[type[T]]:
+        """The classes, sorted by name."""
+        for _, entry in self.items():
+            yield entry
+
     def _discover(self) -> None:
         if self._discovered:
             return

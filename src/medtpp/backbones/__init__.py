@@ -1,1 +1,61 @@
-"""Backbones, one file per family."""
+"""Backbones, one file per family. `load` finds the family that knows a name."""
+
+from __future__ import annotations
+
+import difflib
+from typing import TYPE_CHECKING
+
+from medtpp.backbones.base import Backbone, Features, Layout, Spec, hash_state
+from medtpp.config import BACKBONES, BackboneOptions
+from medtpp.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["Backbone", "Features", "Layout", "Spec", "find", "hash_state", "load"]
+
+
+def load(name: str | BackboneOptions, *, weights: str = "pretrained", image_size: int | None = None) -> Backbone:
+    """Load a frozen backbone.
+
+    Args:
+        name: A name that a family recognises (`medtpp list backbones`), a folder made by `medtpp pretrain`, or options.
+        weights: "pretrained", "random" or a local file; taken from the options where those are given.
+        image_size: Side of the images in pixels; positions are resampled where it is not the backbone's own.
+
+    Raises:
+        ConfigError: No family knows the name, or the size does not fit.
+        WeightsError: Weights cannot be found, read or matched.
+    """
+    options = name if isinstance(name, BackboneOptions) else BackboneOptions(name=name, weights=weights)
+    for family in BACKBONES.values():
+        if family.recognises(options.name):
+            backbone: Backbone = family.build(options, image_size)
+            return backbone
+    examples = [example for family in BACKBONES.values() for example in family.examples]
+    near = difflib.get_close_matches(options.name, examples, n=3)
+    raise ConfigError(
+        f"No backbone is called {options.name!r}, and it is no folder with a backbone.json. "
+        f"Known are, for example: {', '.join(near or examples)}. See `medtpp list backbones`."
+    )
+
+
+def find(model: nn.Module, image_size: tuple[int, ...]) -> Backbone:
+    """The backbone inside a model of one's own: the module that a family knows, wrapped, not copied.
+
+    Args:
+        model: Any network that holds a backbone, such as a `peft.PeftModel` of a timm ViT.
+        image_size: Spatial size of the images it will see, for networks that take any.
+
+    Raises:
+        ConfigError: The model holds none, or several.
+    """
+    for family in BACKBONES.values():
+        found = [backbone for module in model.modules() if (backbone := family.around(module, image_size)) is not None]
+        if len(found) > 1:
+            raise ConfigError(f"The model holds {len(found)} backbones. Pass the one to pre-train.")
+        if found:
+            wrapped: Backbone = found[0]
+            return wrapped
+    kinds = "; ".join(family.summary for family in BACKBONES.values())
+    raise ConfigError(f"No backbone that medtpp knows is in this {type(model).__name__}. Known kinds: {kinds}.")

@@ -1,0 +1,224 @@
+"""The adapter folder: what was trained, and all that is needed to use it again. Written whole, read strictly.
+
+adapter_config.json, adapter_model.safetensors   # peft's own where peft has the method
+head.safetensors                                 # after fine-tuning
+medtpp.json                                      # backbone, tuner, task, preprocessing, thresholds, what TPP did
+README.md                                        # a model card
+"""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from medtpp import backbones
+from medtpp.config import TASKS, TUNERS, BackboneOptions, Modality, Options
+from medtpp.data.fingerprints import Fingerprints
+from medtpp.data.preprocess import Preprocessing
+from medtpp.errors import ConfigError, LeakageError, WeightsError
+from medtpp.files import atomic, read_json, write_json, write_text
+from medtpp.seeds import Seeds
+from medtpp.tasks.base import Task
+from medtpp.tuners.base import TunedBackbone, check_keys
+
+CARD = "medtpp.json"
+
+
+class BackboneCard(Options):
+    """Which backbone an adapter belongs to."""
+
+    options: BackboneOptions
+    architecture: str
+    image_size: int
+    sha256: str
+
+
+class TPPCard(Options):
+    """What the pretext stage did."""
+
+    pretext: dict[str, Any]
+    steps: int
+    head_warmup: int
+    batch_size: int
+    learning_rate: float
+    seed: int
+    images: int
+    transductive: bool
+    fingerprints: Fingerprints
+
+
+class TaskCard(Options):
+    """What the head predicts."""
+
+    options: dict[str, Any]
+    classes: tuple[str, ...]
+    multilabel: bool
+    positive: str | None = None
+    thresholds: dict[str, float] = Field(default_factory=dict)
+
+
+class AdapterCard(Options):
+    """The content of medtpp.json."""
+
+    schema_version: Literal[1] = 1
+    backbone: BackboneCard
+    tuner: dict[str, Any]
+    preprocessing: Preprocessing
+    modality: Modality
+    seed: int
+    tpp: TPPCard | None = None
+    task: TaskCard | None = None
+    trained_on: Fingerprints = Fingerprints()
+    versions: dict[str, str] = Field(default_factory=lambda: package_versions())
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter in memory."""
+
+    card: AdapterCard
+    backbone: TunedBackbone
+    task: Task | None
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of what an adapter depends on."""
+    names = ("medtpp", "torch", "timm", "peft")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+
+
+def save_adapter(folder: Path, backbone: TunedBackbone, card: AdapterCard, task: Task | None = None) -> None:
+    """Write an adapter folder; medtpp.json comes last, so that a folder that has it is whole.
+
+    Raises:
+        OutputError: The folder cannot be written.
+    """
+    write_json(folder / "adapter_config.json", backbone.adapter_config())
+    _write_tensors(folder / "adapter_model.safetensors", backbone.adapter_state())
+    if task is not None:
+        _write_tensors(folder / "head.safetensors", task.state_dict())
+    write_text(folder / "README.md", _model_card(card, backbone))
+    write_json(folder / CARD, card.model_dump(mode="json"))
+
+
+def read_card(folder: Path) -> AdapterCard:
+    """Read medtpp.json.
+
+    Raises:
+        WeightsError: The folder is no adapter folder, is incomplete, or of another schema.
+    """
+    path = folder / CARD
+    if not path.is_file():
+        raise WeightsError(f"{folder} is no adapter folder: it has no {CARD}. `medtpp run` writes one as RUN/adapter.")
+    try:
+        return AdapterCard.model_validate(read_json(path))
+    except (ValidationError, ValueError) as error:
+        raise WeightsError(f"{path} cannot be read by this medtpp ({version('medtpp')}): {error}") from error
+
+
+def load_adapter(folder: Path, *, backbone: str | None = None) -> Adapter:
+    """Load a backbone, its tuner and its head, strictly.
+
+    Args:
+        folder: An adapter folder.
+        backbone: Where the backbone lies now, if it moved; its hash must still be the same.
+
+    Raises:
+        WeightsError: A file is missing or broken, a key is missing or unexpected, or the backbone is another one.
+    """
+    card = read_card(folder)
+    options = card.backbone.options
+    if backbone is not None:
+        options = options.model_copy(update={"name": backbone})
+    try:
+        source = backbones.load(options, image_size=card.backbone.image_size)
+    except ConfigError as error:
+        raise WeightsError(
+            f"The backbone of {folder} cannot be loaded. {error} Say where it is with --backbone."
+        ) from error
+    if source.spec.sha256 != card.backbone.sha256:
+        raise WeightsError(
+            f"The adapter {folder} belongs to the backbone {card.backbone.architecture} with sha256 "
+            f"{card.backbone.sha256[:16]}…; {options.name} has {source.spec.sha256[:16]}…. "
+            "Use the backbone it was made with."
+        )
+    method = TUNERS.get(card.tuner["name"])
+    tuned: TunedBackbone = method(method.Options.model_validate(card.tuner)).attach(source, Seeds(card.seed))
+    try:
+        tuned.load_adapter_state(_read_tensors(folder / "adapter_model.safetensors"))
+    except WeightsError as error:
+        raise WeightsError(f"{folder}: {error.message}", error.problems) from error
+    task = make_task(card.task, tuned, Seeds(card.seed)) if card.task else None
+    if task is not None:
+        state = _read_tensors(folder / "head.safetensors")
+        check_keys(state, task.state_dict())
+        task.load_state_dict(state)
+        task.eval()
+    return Adapter(card, tuned, task)
+
+
+def make_task(card: TaskCard, backbone: backbones.Backbone, seeds: Seeds) -> Task:
+    """The task of a card, with a new head."""
+    method = TASKS.get(card.options["name"])
+    options = method.Options.model_validate(card.options)
+    task: Task = method(options, backbone.spec, card.classes, card.multilabel, seeds)
+    return task
+
+
+def refuse_overlap(what: str, cases: list[str]) -> None:
+    """Raise LeakageError if there are cases that were seen before."""
+    if cases:
+        shown = ", ".join(cases[:5]) + (f" and {len(cases) - 5} more" if len(cases) > 5 else "")
+        raise LeakageError(
+            f"{what} saw {len(cases)} of the test cases (same pixels or same patient): {shown}. A test on them would "
+            "flatter. Leave them out of the test, or train without them."
+        )
+
+
+def _write_tensors(path: Path, state: dict[str, Tensor]) -> None:
+    with atomic(path) as temporary:
+        save_file({name: value.detach().cpu().contiguous() for name, value in state.items()}, temporary)
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return dict(load_file(path))
+    except FileNotFoundError as error:
+        raise WeightsError(f"{path} is missing. Copy the adapter folder again, whole.") from error
+    except Exception as error:
+        raise WeightsError(f"{path} is broken ({type(error).__name__}). Copy the adapter folder again.") from error
+
+
+def _model_card(card: AdapterCard, backbone: TunedBackbone) -> str:
+    count = sum(parameter.numel() for parameter in backbone.targets.values())
+    lines = [
+        "---",
+        "library_name: medtpp",
+        f"base_model: {card.backbone.architecture}",
+        "---",
+        "",
+        f"# A `{card.tuner['name']}` adapter for `{card.backbone.architecture}`",
+        "",
+        f"{count:,} target parameters, made by medtpp {card.versions['medtpp']} at {card.backbone.image_size} pixels.",
+        "",
+    ]
+    if card.tpp:
+        lines += [
+            f"Target Parameter Pre-training: `{card.tpp.pretext['name']}`, {card.tpp.steps} steps of "
+            f"{card.tpp.batch_size} on {card.tpp.images} images without labels, seed {card.tpp.seed}.",
+            *(["**Transductive**: it saw validation and test images."] if card.tpp.transductive else []),
+            "",
+        ]
+    if card.task:
+        lines += [f"Predicts: {', '.join(card.task.classes)}. Research use; not a medical device.", ""]
+        lines += ["    medtpp predict THIS_FOLDER IMAGES -o predictions.csv", ""]
+    else:
+        lines += ["No head yet:", "", "    medtpp finetune EXPERIMENT --adapter THIS_FOLDER --out runs/finetuned", ""]
+    return "\n".join(lines)

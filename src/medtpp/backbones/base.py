@@ -1,0 +1,212 @@
+"""What a backbone is: a frozen encoder of images, with a specification and named access points."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from medtpp.errors import DataError
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What is known of a backbone.
+
+    Attributes:
+        name: The name it was asked for by.
+        family: The registered family that built it.
+        architecture: The family's name of the network, such as "vit_small_patch16_224".
+        dims: 2 or 3 spatial dimensions.
+        channels: Input channels of the encoder; grey and colour images are matched to it by `encode`.
+        mean, std: Normalisation, per channel, of images in [0, 1].
+        image_size: Spatial size of the input in pixels.
+        patch: Spatial size of a patch in pixels.
+        width: Channels of a token.
+        depth: Number of blocks.
+        prefix: Class and register tokens before the patch tokens.
+        pooling: What the network was trained with: "mean" or "cls".
+        objective: What it was pre-trained for: "pixels" (MAE), "features" (DINO), "supervised" or "unknown".
+        capabilities: Of "drops_tokens", "dense", "inflates_3d".
+        source: Where the weights come from.
+        sha256: Hash of the weights before any resampling of positions or patches.
+    """
+
+    name: str
+    family: str
+    architecture: str
+    dims: int
+    channels: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    image_size: tuple[int, ...]
+    patch: tuple[int, ...]
+    width: int
+    depth: int
+    prefix: int
+    pooling: str
+    objective: str
+    capabilities: frozenset[str]
+    source: str
+    sha256: str
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """Patches along each spatial dimension."""
+        return tuple(size // patch for size, patch in zip(self.image_size, self.patch, strict=True))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where things are in the encoder: tuners ask for roles, never for module names.
+
+    Attributes:
+        blocks: Paths of the blocks, in order.
+        roles: Paths of modules by role: "embed.patch", "attention.qkv", "attention.projection", "mlp.in", "mlp.out",
+            "norm.attention", "norm.mlp", "norm.final".
+    """
+
+    blocks: tuple[str, ...]
+    roles: Mapping[str, tuple[str, ...]]
+
+    def paths(self, *roles: str) -> tuple[str, ...]:
+        """The paths of all modules with one of these roles."""
+        return tuple(path for role in roles for path in self.roles.get(role, ()))
+
+
+@dataclass(frozen=True)
+class Features:
+    """What a backbone makes of a batch.
+
+    Attributes:
+        images: (B, C, *spatial) as given, in [0, 1].
+        tokens: (B, P + N, D) after the final norm: P prefix tokens, then N patch tokens in the order of `keep`.
+        prefix: P.
+        grid: Patches along each spatial dimension of the whole image.
+        maps: One feature map (B, D, *grid) for each tap.
+        strides: Pixels per step of each map.
+    """
+
+    images: Tensor
+    tokens: Tensor
+    prefix: int
+    grid: tuple[int, ...]
+    maps: tuple[Tensor, ...] = ()
+    strides: tuple[tuple[int, ...], ...] = field(default=())
+
+    @property
+    def patches(self) -> Tensor:
+        """(B, N, D) patch tokens."""
+        return self.tokens[:, self.prefix :]
+
+    def pooled(self, how: str) -> Tensor:
+        """(B, D): the class token for "cls", the mean of the patch tokens for "mean"."""
+        return self.tokens[:, 0] if how == "cls" else self.patches.mean(dim=1)
+
+
+class Backbone(nn.Module, ABC):
+    """A pre-trained encoder. Its own parameters are frozen; `train()` leaves them in evaluation mode.
+
+    Attributes:
+        spec: What it is.
+        layout: Where its parts are.
+        encoder: The bare network, which `peft` and other libraries know.
+        pretext_heads: State of pretext heads that came with the weights, by name of the pretext task.
+    """
+
+    spec: Spec
+    layout: Layout
+    encoder: nn.Module
+    pretext_heads: Mapping[str, Mapping[str, Tensor]]
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, encoder: nn.Module, spec: Spec, layout: Layout) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.spec = spec
+        self.layout = layout
+        self.pretext_heads = {}
+        self.register_buffer("mean", torch.tensor(spec.mean).view(-1, *[1] * spec.dims), persistent=False)
+        self.register_buffer("std", torch.tensor(spec.std).view(-1, *[1] * spec.dims), persistent=False)
+        self._source_names = tuple(encoder.state_dict())
+        self.encoder.requires_grad_(False)
+        self.train(False)
+
+    @abstractmethod
+    def encode(
+        self,
+        images: Tensor,
+        keep: Tensor | None = None,
+        mask: Tensor | None = None,
+        mask_token: Tensor | None = None,
+        taps: Sequence[int] = (),
+    ) -> Features:
+        """Encode images.
+
+        Args:
+            images: (B, C, *spatial) in [0, 1]; C is 1, 3 or the encoder's own.
+            keep: (B, K) indices of the visible patches; the others are dropped before the blocks.
+            mask: (B, N) true where a patch is replaced by `mask_token`.
+            mask_token: (D,), zeros by default.
+            taps: Blocks whose output is wanted as a feature map; needs all patches.
+        """
+
+    def forward(self, images: Tensor) -> Features:
+        """`encode` without options."""
+        return self.encode(images)
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """Match grey and colour to the encoder's channels and normalise: (B, C, *spatial) to the encoder's input.
+
+        Raises:
+            DataError: The size or the number of channels does not fit.
+        """
+        expected = self.spec.image_size
+        if tuple(images.shape[2:]) != expected:
+            size, want = "x".join(map(str, images.shape[2:])), "x".join(map(str, expected))
+            raise DataError(f"Images are {size} pixels; the backbone {self.spec.name} was loaded for {want}.")
+        given, wanted = images.shape[1], self.spec.channels
+        if given != wanted:
+            if given == 1:
+                images = images.expand(-1, wanted, *[-1] * self.spec.dims)
+            elif given == 3 and wanted == 1:  # ITU-R BT.601 luma
+                weights = images.new_tensor([0.299, 0.587, 0.114]).view(3, *[1] * self.spec.dims)
+                images = (images * weights).sum(dim=1, keepdim=True)
+            else:
+                raise DataError(f"Images have {given} channels; {self.spec.name} takes {wanted} (or 1, or 3 for grey).")
+        return (images - self.mean) / self.std
+
+    def train(self, mode: bool = True) -> Backbone:
+        """Dropout, DropPath and batch norm of the encoder stay in evaluation mode, whatever `mode` is."""
+        super().train(mode)
+        self.encoder.train(False)
+        return self
+
+    def source_state(self) -> dict[str, Tensor]:
+        """Weights and buffers of the encoder as it was before any tuner, by their original names."""
+        current = {name.replace(".base_layer.", "."): value for name, value in self.encoder.state_dict().items()}
+        return {name: current[name] for name in self._source_names}
+
+    def source_hash(self) -> str:
+        """The sha256 of `source_state()`: names, shapes, types and bits."""
+        return hash_state(self.source_state())
+
+
+def hash_state(state: Mapping[str, Tensor]) -> str:
+    """The sha256 over names, types, shapes and bits of tensors, in the order of their names."""
+    total = hashlib.sha256()
+    for name in sorted(state):
+        value = state[name].detach().cpu().contiguous()
+        total.update(f"{name}|{value.dtype}|{tuple(value.shape)}|".encode())
+        total.update(value.reshape(-1).view(torch.uint8).numpy().data)
+    return total.hexdigest()
+
+
+def gather_tokens(tokens: Tensor, keep: Tensor) -> Tensor:
+    """(B, N, D) and (B, K) indices to (B, K, D)."""
+    return tokens.gather(1, keep[..., None].expand(-1, -1, tokens.shape[-1]))

@@ -1,0 +1,205 @@
+"""A CSV manifest: `image,label[,patient][,site][,split]`, one row per image, paths relative to the CSV file."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import posixpath
+from collections import defaultdict
+from pathlib import Path
+from typing import ClassVar
+
+from medtpp.config import SOURCES, ColumnOptions, DataOptions
+from medtpp.data.case import Case, Dataset, Problem
+from medtpp.data.sources import class_names, first_few, is_excluded, split_of
+from medtpp.errors import DataError
+
+NO_FINDING = "none"
+
+_ADVICE = {
+    "row-length": "{} rows have another number of cells than the header. Quote cells that hold the separator",
+    "no-image": "{} rows name no image. Name one or delete the row",
+    "doubled-image": "{} rows name an image that an earlier row names. Keep one row per image; several labels go in "
+    "one cell (a;b) with --set data.multilabel=true",
+    "missing-file": "{} images do not exist. Paths are relative to the manifest",
+    "unknown-split": "{} rows have an unknown split. Use train, val or test",
+    "empty-split": "{} labelled rows have no split although others have. Fill in all or none",
+    "none-with-labels": "{} rows have the label none (no finding) beside others. Keep one or the other",
+}
+
+
+@SOURCES.register("manifest")
+class Manifest:
+    """A table in UTF-8 with comma, semicolon or tab between its cells, all read as text ("01" stays "01").
+
+    An empty label is an unlabelled case. With `data.multilabel` a cell holds several labels ("mass;nodule"), and the
+    word `none`, or the separator alone, says that the case is labelled and has no finding.
+    """
+
+    summary: ClassVar[str] = "a CSV file (or a folder with manifest.csv): image,label[,patient][,site][,split]"
+
+    @staticmethod
+    def recognises(path: Path) -> bool:
+        """A CSV or TSV file, or a folder with a manifest.csv."""
+        return (path.is_file() and path.suffix.lower() in {".csv", ".tsv"}) or (path / "manifest.csv").is_file()
+
+    @staticmethod
+    def read(path: Path, options: DataOptions) -> Dataset:
+        """Read all rows; what is wrong in single rows becomes the data set's problems.
+
+        Raises:
+            DataError: The file is not text in UTF-8, has no rows, or lacks the image column.
+        """
+        file = path / "manifest.csv" if path.is_dir() else path
+        header, rows = _table(file, options.columns.image)
+        columns, problems = _columns(file, header, options.columns)
+        faults: dict[str, list[tuple[int, str, str]]] = defaultdict(list)
+        cases: dict[str, tuple[int, Case]] = {}  # by the name of the file as the operating system compares names
+        for line, cells in rows:
+            if len(cells) != len(header):
+                faults["row-length"].append((line, f"{len(cells)} cells, not {len(header)}", ""))
+                continue
+            case = _case(file.parent, line, {name: cells[at].strip() for name, at in columns.items()}, options, faults)
+            key = os.path.normcase(case.id) if case else ""
+            if case and key in cases:
+                faults["doubled-image"].append((line, f"{case.id}, as in line {cases[key][0]}", case.id))
+            elif case:
+                cases[key] = line, case
+        if any(case.split for _, case in cases.values()):
+            named = {line for line, *_ in faults["unknown-split"]}
+            faults["empty-split"] += [
+                (line, case.id, case.id)
+                for line, case in cases.values()
+                if case.labelled and case.split is None and line not in named
+            ]
+        missing = {case for _, _, case in faults["missing-file"]}
+        kept = tuple(sorted((case for _, case in cases.values() if case.id not in missing), key=lambda case: case.id))
+        problems += [_fault_problem(file, code, faults[code]) for code in _ADVICE if faults[code]]
+        problems += _separator_problems(kept, options)
+        return Dataset(file.parent, "manifest", kept, class_names(kept), options.multilabel, tuple(problems))
+
+
+def _table(file: Path, image_column: str) -> tuple[list[str], list[tuple[int, list[str]]]]:
+    """Header, and rows with the 1-based line on which each begins; blank rows left out."""
+    try:
+        data = file.read_bytes()
+        text = data.decode("utf-8-sig")
+    except OSError as error:
+        raise DataError(f"Cannot read {file}: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise DataError(
+            f"{file} is not UTF-8 (line {line}). Save it as UTF-8; Excel calls this 'CSV UTF-8 (Comma delimited)'."
+        ) from error
+    table = _rows(file, text, _separator(text, image_column))
+    if len(table) < 2:
+        raise DataError(f"{file} has no rows. Expected is a header such as image,label,patient and a row per image.")
+    return [cell.strip() for cell in table[0][1]], table[1:]
+
+
+def _separator(text: str, image_column: str) -> str:
+    """The separator under which the first line has the image column, or else the most columns."""
+    first = next((line for line in text.splitlines() if line.strip()), "")
+    headers = {separator: next(csv.reader([first], delimiter=separator), []) for separator in ",;\t"}
+    return max(headers, key=lambda sep: (_position(headers[sep], image_column) is not None, len(headers[sep])))
+
+
+def _rows(file: Path, text: str, separator: str) -> list[tuple[int, list[str]]]:
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+    rows = []
+    line = 1
+    try:
+        for cells in reader:
+            if any(cell.strip() for cell in cells):
+                rows.append((line, cells))
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise DataError(f"{file}: the row that begins in line {line} is not valid CSV: {error}.") from error
+    return rows
+
+
+def _position(header: list[str], column: str) -> int | None:
+    names = [name.strip() for name in header]
+    if column in names:
+        return names.index(column)
+    folded = [name.casefold() for name in names]
+    return folded.index(column.casefold()) if column.casefold() in folded else None
+
+
+def _columns(file: Path, header: list[str], options: ColumnOptions) -> tuple[dict[str, int], list[Problem]]:
+    """Where each known column stands, and what is missing."""
+    found = f"The columns found are {first_few(header, 20)}"
+    if _position(header, options.image) is None:
+        raise DataError(
+            f"{file} has no column {options.image!r}. {found}. Name the one with the images' paths with "
+            "--set data.columns.image=NAME."
+        )
+    columns: dict[str, int] = {}
+    problems = []
+    for role, name in options:
+        position = _position(header, name)
+        if position is not None:
+            columns[role] = position
+        elif name != role:  # a name that the user gave
+            text = f"{file.name} has no column {name!r} (data.columns.{role}). {found}."
+            problems.append(Problem("error", "missing-column", text))
+        elif role == "label":
+            text = (
+                f"{file.name} has no column 'label': all cases are unlabelled. {found}; --set data.columns.label=NAME."
+            )
+            problems.append(Problem("warning", "no-label-column", text))
+    return columns, problems
+
+
+def _case(
+    root: Path, line: int, cells: dict[str, str], options: DataOptions, faults: dict[str, list[tuple[int, str, str]]]
+) -> Case | None:
+    """The case of one row, or None when it names no image; faults are noted with line, text and case id."""
+    if not cells["image"]:
+        faults["no-image"].append((line, "", ""))
+        return None
+    name = _case_id(root, cells["image"])
+    image = root / name
+    # An excluded case is dropped later, so that leaving a missing file out is a way to mend the data set.
+    if not image.is_file() and not is_excluded(name, options.exclude):
+        faults["missing-file"].append((line, name, name))
+    split = split_of(cells.get("split", ""))
+    if split is None and cells.get("split"):
+        faults["unknown-split"].append((line, repr(cells["split"]), name))
+    labels, labelled = _labels(cells.get("label", ""), options)
+    if options.multilabel and len(labels) > 1 and NO_FINDING in (label.casefold() for label in labels):
+        faults["none-with-labels"].append((line, repr(cells["label"]), name))
+    return Case(name, image, labels, labelled, cells.get("patient") or None, cells.get("site") or None, split)
+
+
+def _case_id(root: Path, cell: str) -> str:
+    name = posixpath.normpath(cell.replace("\\", "/"))
+    absolute = root.resolve().as_posix() + "/" if Path(name).is_absolute() else ""
+    return name.removeprefix(absolute)
+
+
+def _labels(cell: str, options: DataOptions) -> tuple[tuple[str, ...], bool]:
+    if not options.multilabel or not cell:
+        return ((cell,), True) if cell else ((), False)
+    labels = {label.strip() for label in cell.split(options.label_separator)} - {""}
+    if {label.casefold() for label in labels} == {NO_FINDING}:
+        return (), True
+    return tuple(sorted(labels)), True
+
+
+def _fault_problem(file: Path, code: str, faults: list[tuple[int, str, str]]) -> Problem:
+    where = first_few((f"line {line}: {text}" if text else f"line {line}" for line, text, _ in sorted(faults)))
+    message = f"{file.name}: {_ADVICE[code].format(len(faults))} ({where})."
+    return Problem("error", code, message, tuple(case for *_, case in faults if case))
+
+
+def _separator_problems(cases: tuple[Case, ...], options: DataOptions) -> list[Problem]:
+    joined = [name for name in class_names(cases) if options.label_separator in name]
+    if options.multilabel or not joined:
+        return []
+    message = (
+        f"Class names hold {options.label_separator!r}: {first_few(joined)}. If these are several labels of one image, "
+        "use --set data.multilabel=true."
+    )
+    return [Problem("warning", "several-labels", message)]

@@ -1,0 +1,144 @@
+"""Masked autoencoder (He et al., arXiv 2111.06377): encode a quarter of the patches, predict the pixels of the rest."""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from medtpp.backbones import Backbone, Spec
+from medtpp.config import PRETEXTS, MethodOptions
+from medtpp.pretext.base import Pretext
+from medtpp.seeds import Draws, Seeds
+
+# A patch whose standard deviation is under this share of its image's is air, or the border of a scan: normalising it
+# would ask for a prediction of noise.
+NEAR_CONSTANT = 0.02
+
+
+class MAEOptions(MethodOptions):
+    """Options of MAE."""
+
+    name: Literal["mae"] = "mae"
+    mask_ratio: float = Field(0.75, gt=0, lt=1, description="share of the patches that is hidden")
+    decoder_depth: int = Field(2, ge=1)
+    decoder_width: int = Field(128, ge=8, multiple_of=32)
+
+
+@PRETEXTS.register("mae")
+class MAE(Pretext):
+    """Masked autoencoding with normalised pixels; near-constant patches are left out of the loss."""
+
+    Options: ClassVar[type[MethodOptions]] = MAEOptions
+    summary: ClassVar[str] = "predict the pixels of hidden patches from the visible ones (arXiv 2111.06377)"
+    needs: ClassVar[frozenset[str]] = frozenset({"drops_tokens"})
+    objective: ClassVar[str] = "pixels"
+
+    def __init__(self, options: MAEOptions, spec: Spec, seeds: Seeds) -> None:
+        nn.Module.__init__(self)
+        width = options.decoder_width
+        self.patch = spec.patch
+        self.channels = spec.channels
+        self.num_patches = math.prod(spec.grid)
+        self.num_visible = max(1, round(self.num_patches * (1 - options.mask_ratio)))
+        with seeds.scope("pretext", "mae"):
+            self.embed = nn.Linear(spec.width, width)
+            self.mask_token = nn.Parameter(torch.randn(width) * 0.02)
+            self.blocks = nn.Sequential(
+                *[Block(width, num_heads=width // 32, qkv_bias=True) for _ in range(options.decoder_depth)]
+            )
+            self.norm = nn.LayerNorm(width)
+            self.predict = nn.Linear(width, math.prod(spec.patch) * spec.channels)
+        self.positions: Tensor
+        self.register_buffer("positions", sincos_positions(spec.grid, width), persistent=False)
+
+    def loss(self, backbone: Backbone, images: Tensor, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean squared error on normalised pixels of the hidden patches, averaged per image, then over the batch."""
+        ids_keep, ids_hidden = self.split(draws)
+        predicted = self.decode(backbone, images, ids_keep, ids_hidden)  # (B, H, p*C)
+        target, weight = self.targets(images, ids_hidden)
+        error = (predicted.float() - target).square().mean(dim=-1)  # (B, H)
+        # Per image first: so a batch cut over processes or micro-batches has the same loss as a whole one.
+        loss = ((error * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1)).mean()
+        return loss, {"kept_in_loss": weight.mean()}
+
+    def split(self, draws: Draws) -> tuple[Tensor, Tensor]:
+        """Indices of the visible patches (B, K), and of the hidden ones (B, H), K + H = N."""
+        ids_shuffle = draws.permutation("mask", self.num_patches)
+        return ids_shuffle[:, : self.num_visible], ids_shuffle[:, self.num_visible :]
+
+    def decode(self, backbone: Backbone, images: Tensor, ids_keep: Tensor, ids_hidden: Tensor) -> Tensor:
+        """Predicted normalised pixels (B, H, p*C) of the hidden patches."""
+        features = backbone.encode(images, keep=ids_keep)
+        tokens = self.embed(features.tokens)  # (B, P + K, W): P prefix tokens, which have no place in the image
+        prefix, visible = tokens[:, : features.prefix], tokens[:, features.prefix :]
+        positions = self.positions.to(tokens.dtype)
+        hidden = self.mask_token.to(tokens.dtype) + positions[ids_hidden]  # (B, H, W)
+        x = torch.cat([prefix, visible + positions[ids_keep], hidden], dim=1)  # attention needs no order
+        x = self.blocks(x)[:, -ids_hidden.shape[1] :]  # (B, H, W)
+        predicted: Tensor = self.predict(self.norm(x))
+        return predicted
+
+    def targets(self, images: Tensor, ids_hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalised pixels (B, H, p*C) of the hidden patches and their weights (B, H), 0 for near-constant ones."""
+        if images.shape[1] != self.channels:
+            images = images.expand(-1, self.channels, *[-1] * len(self.patch))
+        patches = patchify(images.float(), self.patch)  # (B, N, p*C)
+        patches = patches.gather(1, ids_hidden[..., None].expand(-1, -1, patches.shape[-1]))
+        variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
+        overall = images.float().flatten(1).std(dim=1)[:, None]
+        weight = (variance[..., 0].sqrt() > NEAR_CONSTANT * overall).float()
+        return (patches - mean) / (variance + 1e-6).sqrt(), weight
+
+    @torch.no_grad()
+    def preview(self, backbone: Backbone, images: Tensor, draws: Draws) -> dict[str, Tensor]:
+        """The images with hidden patches in grey, and with the hidden patches predicted."""
+        ids_keep, ids_hidden = self.split(draws)
+        predicted = self.decode(backbone, images, ids_keep, ids_hidden).float()
+        patches = patchify(images.expand(-1, self.channels, *images.shape[2:]).float(), self.patch)
+        index = ids_hidden[..., None].expand(-1, -1, patches.shape[-1])
+        hidden = patches.gather(1, index)
+        variance, mean = torch.var_mean(hidden, dim=-1, keepdim=True)
+        restored = patches.scatter(1, index, predicted * (variance + 1e-6).sqrt() + mean)
+        masked = patches.scatter(1, index, torch.full_like(hidden, 0.5))
+        shape = images.shape[2:]
+        return {
+            "masked": unpatchify(masked, self.patch, shape),
+            "restored": unpatchify(restored, self.patch, shape).clamp(0, 1),
+        }
+
+
+def patchify(images: Tensor, patch: tuple[int, ...]) -> Tensor:
+    """(B, C, *spatial) to (B, N, p*C), p pixels to a patch, in 2D or 3D."""
+    dims = len(patch)
+    for axis, side in enumerate(patch):
+        shape = images.shape
+        cut = 2 + 2 * axis
+        images = images.reshape(*shape[:cut], shape[cut] // side, side, *shape[cut + 1 :])  # (B, C, g1, p1, ...)
+    grid_axes, patch_axes = [2 + 2 * axis for axis in range(dims)], [3 + 2 * axis for axis in range(dims)]
+    return images.permute(0, *grid_axes, *patch_axes, 1).flatten(dims + 1).flatten(1, dims)
+
+
+def unpatchify(patches: Tensor, patch: tuple[int, ...], spatial: tuple[int, ...]) -> Tensor:
+    """(B, N, p*C) to (B, C, *spatial): the inverse of `patchify`."""
+    dims = len(patch)
+    grid = [size // side for size, side in zip(spatial, patch, strict=True)]
+    x = patches.reshape(len(patches), *grid, *patch, -1)  # (B, g1, g2, ..., p1, p2, ..., C)
+    interleaved = [
+        axis for pair in zip(range(1, dims + 1), range(dims + 1, 2 * dims + 1), strict=True) for axis in pair
+    ]
+    return x.permute(0, 2 * dims + 1, *interleaved).reshape(len(patches), -1, *spatial)
+
+
+def sincos_positions(grid: tuple[int, ...], width: int) -> Tensor:
+    """(N, width) fixed sine and cosine positions; each axis has an equal share of the channels, a rest stays zero."""
+    share = width // (2 * len(grid))
+    frequencies = 10000.0 ** (-torch.arange(share) / share)
+    axes = torch.meshgrid(*[torch.arange(size, dtype=torch.float32) for size in grid], indexing="ij")
+    angles = [axis.flatten()[:, None] * frequencies for axis in axes]  # (N, share) each
+    table = torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], dim=1)
+    return nn.functional.pad(table, (0, width - table.shape[1]))

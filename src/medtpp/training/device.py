@@ -1,0 +1,97 @@
+"""Where and how precisely to compute: devices, precision, threads, loggers."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric import Fabric
+
+from medtpp.config import HardwareOptions, LoggingOptions
+from medtpp.errors import ConfigError
+
+_FABRIC = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
+
+
+def choose_accelerator(wanted: str) -> str:
+    """The accelerator: the one asked for, or CUDA, Apple's MPS, the CPU, in this order.
+
+    Raises:
+        ConfigError: It is not there.
+    """
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if wanted == "auto":
+        return next(name for name, available in there.items() if available)
+    if not there[wanted]:
+        raise ConfigError(f"hardware.accelerator is {wanted}, but torch sees none here. Use auto or cpu.")
+    return wanted
+
+
+def choose_precision(wanted: str, accelerator: str) -> tuple[str, str]:
+    """Precision ("32", "bf16" or "16") and the reason for it.
+
+    bfloat16 matrix products are several times faster than float32 where the processor has instructions for them, and
+    slower where they are emulated, so `auto` looks.
+    """
+    if wanted != "auto":
+        return wanted, "as asked for"
+    if accelerator == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return "bf16", "the GPU computes in bfloat16"
+        return "16", "the GPU has no bfloat16"
+    if accelerator == "mps":
+        return "32", "the safe choice on Apple GPUs"
+    flag = next((flag for flag in ("amx_bf16", "avx512_bf16") if flag in _cpu_flags()), None)
+    return ("bf16", f"the CPU has {flag}") if flag else ("32", "the CPU has no bfloat16 instructions")
+
+
+def _cpu_flags() -> frozenset[str]:
+    cpuinfo = Path("/proc/cpuinfo")
+    if platform.system() != "Linux" or not cpuinfo.is_file():
+        return frozenset()
+    lines = (line for line in cpuinfo.read_text().splitlines() if line.startswith("flags"))
+    return frozenset(next(lines, "").split())
+
+
+def make_fabric(hardware: HardwareOptions, logging: LoggingOptions, folder: Path | None = None) -> Fabric:
+    """A fabric with its loggers writing to `folder`. Several devices start by `ddp_spawn`.
+
+    Raises:
+        ConfigError: The accelerator or a logger's package is missing.
+    """
+    accelerator = choose_accelerator(hardware.accelerator)
+    precision, _ = choose_precision(hardware.precision, accelerator)
+    if hardware.threads != "auto":
+        torch.set_num_threads(hardware.threads)
+    return Fabric(
+        accelerator=accelerator,
+        devices=hardware.devices,
+        strategy="ddp_spawn" if hardware.devices > 1 else "auto",
+        precision=_FABRIC[precision],
+        loggers=_loggers(logging, folder) if folder else [],
+    )
+
+
+def _loggers(options: LoggingOptions, folder: Path) -> list[Any]:
+    loggers: list[Any] = []
+    if options.tensorboard:
+        from lightning.fabric.loggers import TensorBoardLogger
+
+        loggers.append(TensorBoardLogger(folder, name="", version="tensorboard"))
+    try:
+        if options.mlflow:
+            from lightning.pytorch.loggers import MLFlowLogger
+
+            loggers.append(
+                MLFlowLogger(experiment_name="medtpp", run_name=folder.name, tracking_uri=f"file:{folder}/mlruns")
+            )
+        if options.wandb:
+            from lightning.pytorch.loggers import WandbLogger
+
+            loggers.append(WandbLogger(project="medtpp", name=folder.name, save_dir=folder))
+    except ModuleNotFoundError as error:
+        name = "mlflow" if options.mlflow and "mlflow" in str(error).lower() else "wandb"
+        raise ConfigError(f"logging.{name} needs its package: pip install 'medtpp[{name}]'.") from error
+    return loggers

@@ -1,0 +1,251 @@
+"""The one training loop: AdamW on parameter groups, warm-up and cosine in steps, resumable, on any device.
+
+What a stage trains is a module whose forward gives a loss; what it sees is a stream of batches that are a pure function
+of the step. So nothing but parameters and optimiser state has to be remembered to resume in the same bits, and
+micro-batches after an out-of-memory error compute the same average gradient.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from lightning.fabric import Fabric
+from torch import Tensor, nn
+
+from medtpp.data.batches import Batch
+from medtpp.errors import MedtppError
+from medtpp.training.progress import TrainingProgress
+from medtpp.training.resume import RESUME, Record, RunState, write_log
+
+
+class Stream(Protocol):
+    """Batches by step; `BatchStream` is one."""
+
+    waited: float
+
+    def iterate(self, start: int, stop: int) -> Iterator[Batch]:
+        """Batches of the steps start .. stop - 1."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Parameters that share a learning rate: "tuner", "head" or "pretext".
+
+    Attributes:
+        name: For the log.
+        parameters: By name; the names are those of the resume file.
+        learning_rate: At its peak.
+        weight_decay: AdamW's.
+    """
+
+    name: str
+    parameters: dict[str, nn.Parameter]
+    learning_rate: float
+    weight_decay: float = 0.0
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long and how the loop trains; all numbers are optimiser steps.
+
+    Attributes:
+        steps: In all.
+        warmup: Share of the steps in which the learning rate rises linearly; a cosine to zero follows.
+        accumulate: Micro-batches per step.
+        clip: Largest norm of the gradient, 0 for none.
+        checkpoint_every: Steps between resume files, 0 for none.
+        validate_every: Steps between validations.
+    """
+
+    steps: int
+    warmup: float = 0.1
+    accumulate: int = 1
+    clip: float = 1.0
+    checkpoint_every: int = 0
+    validate_every: int = 0
+
+    def factor(self, step: int) -> float:
+        """Learning rate of step (from 0) as a share of its peak."""
+        warmup = max(1, round(self.steps * self.warmup))
+        if step < warmup:
+            return (step + 1) / warmup
+        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, self.steps - warmup)))
+
+
+def fit(
+    fabric: Fabric,
+    module: nn.Module,
+    groups: Sequence[Group],
+    stream: Stream,
+    schedule: Schedule,
+    *,
+    folder: Path | None = None,
+    title: str = "training",
+    after_step: Callable[[int, int], None] | None = None,
+    validate: Callable[[], float] | None = None,
+) -> Record:
+    """Train the parameters of `groups`.
+
+    Args:
+        fabric: Launched. Its loggers get every row.
+        module: Called with (images, targets, visits) of a batch; gives (loss, values to log).
+        groups: What to train. Nothing else may require gradients.
+        stream: The batches.
+        schedule: Steps and learning rates.
+        folder: For `log.csv` and the resume file; nothing is written without. A resume file found there is taken up.
+        title: For the progress display.
+        after_step: Called with (steps done, steps in all).
+        validate: Gives a score, higher is better; the parameters of the best score are kept in the end.
+
+    Raises:
+        MedtppError: The loss is not finite, or a parameter gets no gradient in two steps.
+    """
+    parameters = {name: parameter for group in groups for name, parameter in group.parameters.items()}
+    optimizer = torch.optim.AdamW(
+        [{"params": list(g.parameters.values()), "lr": 0.0, "weight_decay": g.weight_decay} for g in groups],
+        betas=(0.9, 0.999),
+    )
+    model, wrapped = fabric.setup(module, optimizer)
+    state = RunState(parameters, wrapped)
+    record = Record()
+    start = state.resume(folder / RESUME, record, fabric) if folder else 0
+    reached: set[str] = set(parameters) if start else set()
+    micro = schedule.accumulate
+    began, seen, waited_before = time.perf_counter(), 0, stream.waited
+    every = max(1, schedule.steps // 200)
+    recent = _Window(stream)
+    with TrainingProgress(title, start, schedule.steps, visible=fabric.global_rank == 0) as progress:
+        for step, batch in enumerate(stream.iterate(start, schedule.steps), start=start):
+            for group, options in zip(groups, wrapped.param_groups, strict=True):
+                options["lr"] = group.learning_rate * schedule.factor(step)
+            loss, logs, micro = _backward(fabric, model, wrapped, batch, micro)
+            if step < start + 2 and not start:
+                reached |= {name for name, p in parameters.items() if p.grad is not None and bool(p.grad.any())}
+            norm = (
+                fabric.clip_gradients(module, wrapped, max_norm=schedule.clip, error_if_nonfinite=False)
+                if schedule.clip
+                else None
+            )
+            wrapped.step()
+            wrapped.zero_grad()
+            if step == min(1, schedule.steps - 1):
+                _check_reached(parameters, reached, step)
+            if after_step:
+                after_step(step + 1, schedule.steps)
+            seen += len(batch) * fabric.world_size
+            recent.count(len(batch) * fabric.world_size)
+            row = None
+            done = step + 1
+            if done % every == 0 or done == schedule.steps:
+                row = {"step": done, "loss": _finite(fabric, loss, done), **recent.figures()}
+                row |= {f"lr_{group.name}": group.learning_rate * schedule.factor(step) for group in groups}
+                row |= {key: float(value) for key, value in logs.items()}
+                if norm is not None:
+                    row["gradient_norm"] = float(norm)
+            if validate and (done % schedule.validate_every == 0 or done == schedule.steps):
+                score = validate()
+                row = (row or {"step": done, "loss": _finite(fabric, loss, done), **recent.figures()}) | {
+                    "validation": score
+                }
+                state.keep_best(score, done, record)
+            if row is not None:
+                record.rows.append(row)
+                fabric.log_dict({key: value for key, value in row.items() if key != "step"}, step=done)
+            progress.update(done, row)
+            if folder and schedule.checkpoint_every and done % schedule.checkpoint_every == 0 and done < schedule.steps:
+                state.save(folder / RESUME, done, record, fabric)
+                write_log(folder, record, fabric)
+    state.restore_best(record)
+    record.seconds = time.perf_counter() - began
+    record.images_per_second = seen / max(record.seconds, 1e-9)
+    record.waiting = (stream.waited - waited_before) / max(record.seconds, 1e-9)
+    if folder:
+        write_log(folder, record, fabric)
+    return record
+
+
+def _backward(
+    fabric: Fabric, model: Any, optimizer: Any, batch: Batch, micro: int
+) -> tuple[Tensor, dict[str, Tensor], int]:
+    """Gradients of one step in `micro` equal parts; twice as many parts when memory runs out."""
+    batch = batch.to(fabric.device)
+    while True:
+        try:
+            total = torch.zeros((), device=fabric.device)
+            logs: dict[str, Tensor] = {}
+            parts = _parts(len(batch), micro)
+            for index, rows in enumerate(parts):
+                share = (rows.stop - rows.start) / len(batch)
+                targets = None if batch.targets is None else batch.targets[rows]
+                with fabric.no_backward_sync(model, enabled=index < len(parts) - 1):
+                    loss, part_logs = model(batch.images[rows], targets, batch.draws[rows].visits)
+                    fabric.backward(loss * share)
+                total += loss.detach() * share
+                logs = {key: logs.get(key, 0) + value.detach() * share for key, value in part_logs.items()}
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            if not _out_of_memory(error) or micro >= len(batch) or fabric.world_size > 1:
+                raise
+            optimizer.zero_grad()
+            micro *= 2
+            if fabric.device.type == "cuda":
+                torch.cuda.empty_cache()
+            fabric.print(f"Out of memory: going on with {micro} micro-batches per step (the same gradient).")
+        else:
+            return total, logs, micro
+
+
+def _parts(size: int, count: int) -> list[slice]:
+    count = min(count, size)
+    bounds = [round(index * size / count) for index in range(count + 1)]
+    return [slice(low, high) for low, high in itertools.pairwise(bounds)]
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    text = str(error).lower()
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in text or "can't allocate memory" in text
+
+
+def _finite(fabric: Fabric, loss: Tensor, step: int) -> float:
+    value = float(fabric.all_reduce(loss, reduce_op="mean"))
+    if not math.isfinite(value):
+        raise MedtppError(
+            f"The loss is {value} at step {step}. Lower the learning rate, or compute in float32 "
+            "(--set hardware.precision=32); if it stays, look for broken images with `medtpp check`."
+        )
+    return value
+
+
+def _check_reached(parameters: dict[str, nn.Parameter], reached: set[str], step: int) -> None:
+    unreached = sorted(name for name, p in parameters.items() if name not in reached)
+    if step >= 1 and unreached:
+        raise MedtppError(
+            "Some parameters that should be trained get no gradient. The tuner does not reach them in this backbone.",
+            unreached[:20],
+        )
+
+
+class _Window:
+    """Images per second and share of waiting since the last row."""
+
+    def __init__(self, stream: Stream) -> None:
+        self.stream = stream
+        self._restart()
+
+    def _restart(self) -> None:
+        self.began, self.waited, self.images = time.perf_counter(), self.stream.waited, 0
+
+    def count(self, images: int) -> None:
+        self.images += images
+
+    def figures(self) -> dict[str, float]:
+        seconds = max(time.perf_counter() - self.began, 1e-9)
+        figures = {"images_per_second": self.images / seconds, "waiting": (self.stream.waited - self.waited) / seconds}
+        self._restart()
+        return figures

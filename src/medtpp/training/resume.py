@@ -1,0 +1,118 @@
+"""What a killed run leaves behind, and what a finished one tells."""
+
+from __future__ import annotations
+
+import csv
+import io
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric import Fabric
+from torch import Tensor, nn
+
+from medtpp.errors import WeightsError
+from medtpp.files import atomic, write_text
+
+RESUME = "resume.pt"
+LOG = "log.csv"
+
+
+@dataclass
+class Record:
+    """What training told.
+
+    Attributes:
+        rows: The log, one row for each logged step.
+        best: Best validation score with its step, or None.
+        seconds: Of training, without what a resumed run did before.
+        images_per_second: Over all steps of this process's run.
+        waiting: Share of the time spent waiting for data.
+    """
+
+    rows: list[dict[str, float]] = field(default_factory=list)
+    best: tuple[float, int] | None = None
+    seconds: float = 0.0
+    images_per_second: float = 0.0
+    waiting: float = 0.0
+
+
+class RunState:
+    """What a resume file holds: trained parameters, optimiser, best parameters so far, the log."""
+
+    def __init__(self, parameters: dict[str, nn.Parameter], optimizer: Any) -> None:
+        self.parameters = parameters
+        self.optimizer = optimizer
+        self.best: dict[str, Tensor] | None = None
+
+    def keep_best(self, score: float, step: int, record: Record) -> None:
+        """Remember the parameters if this score is the best so far."""
+        if record.best is None or score > record.best[0]:
+            record.best = (score, step)
+            self.best = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+
+    def restore_best(self, record: Record) -> None:
+        """Put the best parameters back, where there was a validation."""
+        if self.best is not None and record.best is not None:
+            with torch.no_grad():
+                for name, parameter in self.parameters.items():
+                    parameter.copy_(self.best[name])
+
+    def save(self, path: Path, step: int, record: Record, fabric: Fabric) -> None:
+        """Write the resume file after `step` steps."""
+        if fabric.global_rank:
+            return
+        with atomic(path) as temporary:
+            torch.save(
+                {
+                    "step": step,
+                    "parameters": {name: parameter.detach().cpu() for name, parameter in self.parameters.items()},
+                    "optimizer": self.optimizer.state_dict(),
+                    "best": self.best,
+                    "record": {"rows": record.rows, "best": record.best},
+                },
+                temporary,
+            )
+
+    def resume(self, path: Path, record: Record, fabric: Fabric) -> int:
+        """Take up a resume file. Gives the steps already done, 0 without a file.
+
+        Raises:
+            WeightsError: The file is broken or of another experiment.
+        """
+        if not path.is_file():
+            return 0
+        try:
+            saved = torch.load(path, map_location=fabric.device, weights_only=True)
+            if saved["parameters"].keys() != self.parameters.keys():
+                raise WeightsError(f"{path} is of another experiment. Start anew with --overwrite.")
+        except (OSError, RuntimeError, EOFError, KeyError, ValueError) as error:
+            raise WeightsError(
+                f"{path} cannot be read ({type(error).__name__}). Delete it to begin this stage anew."
+            ) from error
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(saved["parameters"][name])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.best = saved["best"]
+        record.rows = list(saved["record"]["rows"])
+        record.best = saved["record"]["best"]
+        return int(saved["step"])
+
+
+def finish(folder: Path) -> None:
+    """Remove the resume file of a stage whose results are written."""
+    (folder / RESUME).unlink(missing_ok=True)
+
+
+def write_log(folder: Path, record: Record, fabric: Fabric) -> None:
+    """Write `log.csv`, a column for every value that was logged."""
+    if fabric.global_rank:
+        return
+    columns = list(dict.fromkeys(key for row in record.rows for key in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(record.rows)
+    write_text(folder / LOG, text.getvalue())

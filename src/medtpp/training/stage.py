@@ -1,0 +1,151 @@
+"""What stages have in common: their data, their start on one device or several, values that are `auto`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from lightning.fabric import Fabric
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from medtpp.backbones import Backbone
+from medtpp.config import StageOptions
+from medtpp.data.augment import Augmenter
+from medtpp.data.batches import BatchStream
+from medtpp.data.cache import ImageCache
+from medtpp.data.case import Case
+from medtpp.pretext.base import Pretext
+from medtpp.seeds import Draws, Seeds, name_key
+from medtpp.training.loop import Schedule
+from medtpp.training.resume import Record
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class StageData:
+    """Images that a stage trains on. It pickles as the path of a cache.
+
+    Attributes:
+        cache: Where the images are.
+        cases: In this order.
+        targets: (n, ...) for supervised stages.
+    """
+
+    cache: ImageCache
+    cases: tuple[Case, ...]
+    targets: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.cases)
+
+    @property
+    def rows(self) -> NDArray[np.int64]:
+        """(n,) rows of the cache."""
+        return np.array([self.cache.row[case.id] for case in self.cases], dtype=np.int64)
+
+    def stream(self, batch_size: int, seeds: Seeds, fabric: Fabric) -> BatchStream:
+        """Batches for this process."""
+        keys = np.array([name_key(case.id) for case in self.cases], dtype=np.int64)
+        return BatchStream(
+            self.cache.images, self.rows, keys, self.targets, batch_size, seeds, fabric.global_rank, fabric.world_size
+        )
+
+    def images(self, limit: int) -> Tensor:
+        """(min(n, limit), C, S, S) float in [0, 1]: cases evenly from the whole."""
+        chosen = np.linspace(0, len(self) - 1, min(len(self), limit)).round().astype(int)
+        return to_unit(torch.from_numpy(self.cache.images[self.rows[chosen]]))
+
+
+def to_unit(images: Tensor) -> Tensor:
+    """uint8 levels to float32 in [0, 1]."""
+    return images.float() / 255
+
+
+@dataclass
+class StageResult:
+    """What a stage tells: written to `stage.json` as plain values.
+
+    Attributes:
+        steps, batch_size, learning_rate: As resolved.
+        record: Of the loop.
+        figures: What is worth comparing between runs.
+    """
+
+    steps: int
+    batch_size: int
+    learning_rate: float
+    record: Record
+    figures: dict[str, float] = field(default_factory=dict)
+
+    def summary(self) -> dict[str, Any]:
+        """Plain values."""
+        record = self.record
+        return {
+            "steps": self.steps,
+            "batch_size": self.batch_size,
+            "learning_rate": self.learning_rate,
+            "seconds": round(record.seconds, 2),
+            "images_per_second": round(record.images_per_second, 1),
+            "waiting": round(record.waiting, 4),
+            "last_loss": record.rows[-1]["loss"] if record.rows else None,
+            "best": None if record.best is None else {"score": record.best[0], "step": record.best[1]},
+            **self.figures,
+        }
+
+
+class PretextModule(nn.Module):
+    """What the loop trains in pretext stages: images (B, C, *spatial) uint8 to the pretext loss."""
+
+    def __init__(self, backbone: Backbone, pretext: Pretext, augmenter: Augmenter) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.pretext = pretext
+        self.augmenter = augmenter
+
+    def forward(self, images: Tensor, targets: Tensor | None, visits: Tensor) -> tuple[Tensor, dict[str, Tensor]]:  # noqa: ARG002
+        """The loss, and values to log."""
+        draws = Draws(visits)
+        with torch.autocast(images.device.type, enabled=False):
+            images = self.augmenter(to_unit(images), draws, geometric_only=True)
+        return self.pretext.loss(self.backbone, images, draws)
+
+
+def launch(fabric: Fabric, train: Callable[..., T], *args: Any) -> T:
+    """Run `train(fabric, *args)` on this process, or on one process per device; gives the first one's result."""
+    if fabric.strategy.__class__.__name__ == "SingleDeviceStrategy":
+        fabric.launch()
+        return train(fabric, *args)
+    result: T = fabric.launch(train, *args)
+    return result
+
+
+def resolve_schedule(
+    options: StageOptions, *, passes: float, batch_size: int, cases: int, limits: tuple[int, int]
+) -> tuple[Schedule, int]:
+    """Answer the `auto` values of a stage.
+
+    Args:
+        options: As given.
+        passes: Passes over the data that `steps: auto` stands for.
+        batch_size: What `batch_size: auto` stands for; at most the number of cases.
+        cases: How many there are.
+        limits: Least and most steps of `auto`.
+
+    Returns:
+        The schedule and the batch size over all devices.
+    """
+    batch = min(batch_size, max(cases, 2)) if options.batch_size == "auto" else options.batch_size
+    low, high = limits
+    steps = min(high, max(low, round(passes * cases / batch))) if options.steps == "auto" else options.steps
+    every = max(1, steps // 10) if options.checkpoint_every == "auto" else options.checkpoint_every
+    return Schedule(steps, options.warmup, options.accumulate, options.clip, every), batch
+
+
+def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters that require gradients, by name."""
+    return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}

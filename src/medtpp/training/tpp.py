@@ -1,0 +1,174 @@
+"""Target Parameter Pre-training (arXiv 2408.15011): a pretext task on the target parameters of a frozen backbone.
+
+The stage in one view: attach the tuner; start the pretext head from the backbone's own where its weights bring one, and
+otherwise warm a new one up alone; train target parameters and head together on images without labels; save the targets.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from lightning.fabric import Fabric
+from torch import Tensor
+from torch.nn import functional as F
+
+from medtpp import backbones, tuners
+from medtpp.adapter import AdapterCard, BackboneCard, TPPCard, save_adapter
+from medtpp.config import PRETEXTS, TUNERS, Experiment
+from medtpp.data.augment import Augmenter
+from medtpp.data.fingerprints import Fingerprints
+from medtpp.data.preprocess import Preprocessing
+from medtpp.errors import ConfigError
+from medtpp.files import MARKER, write_json
+from medtpp.pretext.base import Pretext
+from medtpp.seeds import Seeds, name_key
+from medtpp.training.device import make_fabric
+from medtpp.training.loop import Group, Schedule, fit
+from medtpp.training.resume import finish
+from medtpp.training.stage import PretextModule, StageData, StageResult, launch, resolve_schedule
+
+
+@dataclass(frozen=True)
+class TPPInputs:
+    """All that the stage needs; it pickles.
+
+    Attributes:
+        experiment: With `auto` values of the data answered.
+        preprocessing: How the images were made.
+        data: The images TPP may see.
+        fingerprints: Of those images and their patients.
+    """
+
+    experiment: Experiment
+    preprocessing: Preprocessing
+    data: StageData
+    fingerprints: Fingerprints
+
+
+def run_tpp(inputs: TPPInputs, folder: Path) -> StageResult:
+    """Pre-train the target parameters and write `folder/adapter`; a resume file found in `folder` is taken up.
+
+    Raises:
+        ConfigError: The tuner has no target parameters, or the backbone lacks what the pretext task needs.
+    """
+    experiment = inputs.experiment
+    if not TUNERS.get(experiment.tuner.name).has_targets:
+        raise ConfigError(
+            f"The tuner {experiment.tuner.name} has no target parameters, so there is nothing to pre-train. "
+            "Use --set tpp.enabled=false, or another tuner."
+        )
+    return launch(make_fabric(experiment.hardware, experiment.logging, folder), _train, inputs, folder)
+
+
+def _train(fabric: Fabric, inputs: TPPInputs, folder: Path) -> StageResult:
+    experiment, data = inputs.experiment, inputs.data
+    options, seeds = experiment.tpp, Seeds(experiment.seed)
+    schedule, batch_size = resolve_schedule(options, passes=40, batch_size=64, cases=len(data), limits=(200, 2000))
+    rate = TUNERS.get(experiment.tuner.name).learning_rate if options.learning_rate == "auto" else options.learning_rate
+
+    backbone = backbones.load(experiment.backbone, image_size=inputs.preprocessing.image_size)
+    pretext, trained_head = make_pretext(experiment, backbone, seeds)
+    tuned = tuners.attach(backbone, experiment.tuner, seed=seeds)
+    module = PretextModule(tuned, pretext, Augmenter(experiment.data.augment, experiment.data.modality))
+    head = Group("pretext", dict(pretext.named_parameters()), options.head_learning_rate)
+    targets = Group("tuner", tuned.targets, rate, options.weight_decay)
+
+    auto_warmup = 0 if trained_head else max(200, round(0.1 * schedule.steps))
+    head_warmup = auto_warmup if options.head_warmup == "auto" else options.head_warmup
+    if head_warmup:
+        warm_up_head(
+            fabric, module, head, targets, data.stream(batch_size, seeds.child("head-warmup"), fabric), head_warmup
+        )
+    stream = data.stream(batch_size, seeds.child("tpp"), fabric)
+    record = fit(
+        fabric, module, [targets, head], stream, schedule, folder=folder, title="TPP", after_step=tuned.after_step
+    )
+
+    images = data.images(limit=64).to(fabric.device)
+    figures = {"head_warmup": float(head_warmup), **effect(fabric, tuned, pretext, images, seeds)}
+    result = StageResult(schedule.steps, batch_size, rate, record, figures)
+    if fabric.global_rank == 0:
+        card = AdapterCard(
+            backbone=backbone_card(experiment, backbone, inputs.preprocessing),
+            tuner=experiment.tuner.model_dump(mode="json"),
+            preprocessing=inputs.preprocessing,
+            modality=experiment.data.modality,
+            seed=experiment.seed,
+            tpp=TPPCard(
+                pretext=experiment.pretext.model_dump(mode="json"),
+                steps=schedule.steps,
+                head_warmup=head_warmup,
+                batch_size=batch_size,
+                learning_rate=rate,
+                seed=experiment.seed,
+                images=len(data),
+                transductive=options.transductive,
+                fingerprints=inputs.fingerprints,
+            ),
+        )
+        save_adapter(folder / "adapter", tuned, card)
+        finish(folder)
+        write_json(folder / MARKER, result.summary())
+    return result
+
+
+def make_pretext(experiment: Experiment, backbone: backbones.Backbone, seeds: Seeds) -> tuple[Pretext, bool]:
+    """The pretext task for a backbone, and whether its head came trained with the backbone.
+
+    Raises:
+        ConfigError: The backbone lacks what the task needs.
+    """
+    options = experiment.pretext
+    method = PRETEXTS.get(options.name)
+    lacking = method.needs - backbone.spec.capabilities
+    if lacking:
+        raise ConfigError(f"The pretext task {options.name} needs a backbone that {', '.join(sorted(lacking))}.")
+    pretext: Pretext = method(options, backbone.spec, seeds)
+    state = backbone.pretext_heads.get(options.name)
+    return pretext, state is not None and pretext.load_head(state)
+
+
+def backbone_card(experiment: Experiment, backbone: backbones.Backbone, preprocessing: Preprocessing) -> BackboneCard:
+    """Which backbone an adapter belongs to."""
+    spec = backbone.spec
+    return BackboneCard(
+        options=experiment.backbone,
+        architecture=spec.architecture,
+        image_size=preprocessing.image_size,
+        sha256=spec.sha256,
+    )
+
+
+def warm_up_head(
+    fabric: Fabric, module: PretextModule, head: Group, targets: Group, stream: object, steps: int
+) -> None:
+    """Train a new pretext head alone, so that its first gradients do not move the target parameters at random."""
+    for parameter in targets.parameters.values():
+        parameter.requires_grad_(False)
+    try:
+        fit(fabric, module, [head], stream, Schedule(steps), title="pretext head")  # type: ignore[arg-type]
+    finally:
+        for parameter in targets.parameters.values():
+            parameter.requires_grad_(True)
+
+
+@torch.no_grad()
+def effect(
+    fabric: Fabric, tuned: tuners.TunedBackbone, pretext: Pretext, images: Tensor, seeds: Seeds
+) -> dict[str, float]:
+    """What TPP changed: the pretext loss with the target parameters on and off, and how far the features drifted.
+
+    Where nothing moved, nothing was tested. The drift is 1 - cosine of the mean patch token, averaged over the images.
+    """
+    cases = torch.tensor([name_key("effect", index) for index in range(len(images))], device=images.device)
+    draws = seeds.draws(torch.zeros_like(cases), cases)
+    with fabric.autocast():
+        on, _ = pretext.loss(tuned, images, draws)
+        tokens_on = tuned.encode(images).pooled("mean").float()
+        with tuned.disabled():
+            off, _ = pretext.loss(tuned, images, draws)
+            tokens_off = tuned.encode(images).pooled("mean").float()
+    drift = (1 - F.cosine_similarity(tokens_on, tokens_off)).mean()
+    return {"pretext_loss_on": float(on), "pretext_loss_off": float(off), "feature_drift": float(drift)}

@@ -1,0 +1,62 @@
+"""Methods that train weights the backbone already has: they train copies, so that the source stays as it was."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from medtpp.backbones import Backbone
+from medtpp.tuners.base import TunedBackbone
+
+
+class SelectedBackbone(TunedBackbone):
+    """A backbone some of whose parameters are replaced by trainable copies.
+
+    Args:
+        source: The backbone.
+        names: Parameters of the encoder to train, by name.
+        kind: What adapter_config.json calls the method.
+    """
+
+    def __init__(self, source: Backbone, names: tuple[str, ...], kind: str) -> None:
+        super().__init__(source)
+        self.kind = kind
+        self.names = names
+        self._originals = {name: source.encoder.get_parameter(name).detach() for name in names}
+        for name, original in self._originals.items():
+            self._place(name, nn.Parameter(original.clone()))
+        self._own({name: source.encoder.get_parameter(name) for name in names})
+
+    def _place(self, name: str, parameter: nn.Parameter) -> None:
+        path, _, leaf = name.rpartition(".")
+        setattr(self.encoder.get_submodule(path), leaf, parameter)
+
+    def source_state(self) -> dict[str, Tensor]:
+        """See `Backbone.source_state`."""
+        return {**super().source_state(), **self._originals}
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """See `TunedBackbone.disabled`."""
+        trained = {name: self.encoder.get_parameter(name) for name in self.names}
+        for name, parameter in trained.items():
+            self._place(name, nn.Parameter(self._originals[name].to(parameter.device), requires_grad=False))
+        try:
+            yield
+        finally:
+            for name, parameter in trained.items():
+                self._place(name, parameter)
+
+    def merged(self) -> Backbone:
+        """See `TunedBackbone.merged`."""
+        backbone = copy.deepcopy(self.source)
+        backbone.requires_grad_(False)
+        return backbone
+
+    def adapter_config(self) -> dict[str, Any]:
+        """See `TunedBackbone.adapter_config`."""
+        return {"medtpp_type": self.kind, "parameters": list(self.names)}

@@ -1,0 +1,154 @@
+"""What a tuner is: a method that adds target parameters to a backbone, or selects some of its own."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, ClassVar, Generic, TypeVar
+
+from torch import Tensor, nn
+
+from medtpp.backbones import Backbone, Features
+from medtpp.config import MethodOptions
+from medtpp.errors import WeightsError
+from medtpp.seeds import Seeds
+
+O = TypeVar("O", bound=MethodOptions)  # noqa: E741  (the options of a method)
+
+
+class TunedBackbone(Backbone):
+    """A backbone with target parameters; itself a backbone.
+
+    Subclasses set `targets` and implement `disabled`, `merged`, `adapter_config`, `adapter_state` and
+    `load_adapter_state`.
+
+    Attributes:
+        source: The backbone it tunes. It is changed in place; `source_state()` still gives its own weights.
+        targets: The target parameters, by their name among `named_parameters()`. They alone require gradients.
+    """
+
+    targets: dict[str, nn.Parameter]
+
+    def __init__(self, source: Backbone) -> None:
+        nn.Module.__init__(self)
+        self.source = source
+        self.spec = source.spec
+        self.layout = source.layout
+        self.pretext_heads = source.pretext_heads
+        self.targets = {}
+
+    @property
+    def encoder(self) -> nn.Module:  # type: ignore[override]
+        """The bare network."""
+        return self.source.encoder
+
+    def encode(
+        self,
+        images: Tensor,
+        keep: Tensor | None = None,
+        mask: Tensor | None = None,
+        mask_token: Tensor | None = None,
+        taps: Sequence[int] = (),
+    ) -> Features:
+        """See `Backbone.encode`."""
+        return self.source.encode(images, keep, mask, mask_token, taps)
+
+    def source_state(self) -> dict[str, Tensor]:
+        """See `Backbone.source_state`."""
+        return self.source.source_state()
+
+    def train(self, mode: bool = True) -> TunedBackbone:
+        """The source decides for its encoder."""
+        nn.Module.train(self, mode)
+        self.source.train(mode)
+        return self
+
+    def after_step(self, step: int, total: int) -> None:
+        """Called after each optimiser step, for methods that have a schedule of their own."""
+
+    @abstractmethod
+    def disabled(self) -> AbstractContextManager[None]:
+        """Inside this context, the backbone computes as if there were no tuner."""
+
+    @abstractmethod
+    def merged(self) -> Backbone:
+        """A plain backbone of its own with the target parameters folded into its weights.
+
+        Raises:
+            ConfigError: The method cannot be folded in.
+        """
+
+    @abstractmethod
+    def adapter_config(self) -> dict[str, Any]:
+        """The content of adapter_config.json: peft's own where peft has the method."""
+
+    def adapter_state(self) -> dict[str, Tensor]:
+        """The content of adapter_model.safetensors."""
+        return {name: parameter.detach() for name, parameter in self.targets.items()}
+
+    def load_adapter_state(self, state: Mapping[str, Tensor]) -> None:
+        """Load what `adapter_state` gave.
+
+        Raises:
+            WeightsError: A key is missing, unexpected or of another shape; all are listed.
+        """
+        check_keys(state, self.adapter_state())
+        for name, parameter in self.targets.items():
+            parameter.data.copy_(state[name])
+
+    def _own(self, targets: Mapping[str, nn.Parameter]) -> None:
+        """Enter the target parameters, by identity, under their names here; exactly they require gradients."""
+        wanted = {id(parameter) for parameter in targets.values()}
+        self.targets = {}
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(id(parameter) in wanted)
+            if id(parameter) in wanted:
+                self.targets[name] = parameter
+
+
+class Tuner(ABC, Generic[O]):
+    """A method of parameter-efficient fine-tuning.
+
+    Class attributes:
+        Options: Its pydantic options.
+        summary: One line for lists, with the paper.
+        learning_rate: Its default in both stages.
+        merges: Whether `merged()` is exact (1e-5 in float32).
+        has_targets: Whether there is anything for TPP to train.
+    """
+
+    Options: ClassVar[type[MethodOptions]]
+    summary: ClassVar[str]
+    learning_rate: ClassVar[float] = 1e-3
+    merges: ClassVar[bool] = True
+    has_targets: ClassVar[bool] = True
+
+    def __init__(self, options: O) -> None:
+        self.options = options
+
+    @abstractmethod
+    def attach(self, backbone: Backbone, seeds: Seeds, images: Tensor | None = None) -> TunedBackbone:
+        """Add target parameters to a backbone, which is taken over and changed in place.
+
+        Args:
+            backbone: A plain backbone.
+            seeds: The initialisation depends on these alone.
+            images: (B, C, *spatial), for data-driven initialisations.
+
+        Raises:
+            ConfigError: The method does not fit this backbone.
+        """
+
+
+def check_keys(given: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Raise WeightsError that lists every missing and unexpected key and every other shape."""
+    problems = [f"missing: {key}" for key in sorted(expected.keys() - given.keys())]
+    problems += [f"unexpected: {key}" for key in sorted(given.keys() - expected.keys())]
+    problems += [
+        f"shape of {key}: {tuple(given[key].shape)} in the file, {tuple(expected[key].shape)} here"
+        for key in sorted(given.keys() & expected.keys())
+        if given[key].shape != expected[key].shape
+    ]
+    if problems:
+        raise WeightsError("The adapter does not fit this backbone and tuner.", problems)

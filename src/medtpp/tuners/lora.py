@@ -1,0 +1,117 @@
+"""LoRA (Hu et al., arXiv 2106.09685) through Hugging Face peft, in peft's own file format."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import Any, ClassVar, Literal, get_args
+
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from pydantic import Field
+from torch import Tensor
+
+from medtpp.backbones import Backbone
+from medtpp.config import TUNERS, MethodOptions
+from medtpp.errors import ConfigError
+from medtpp.seeds import Seeds
+from medtpp.tuners.base import TunedBackbone, Tuner, check_keys
+
+Role = Literal["attention.qkv", "attention.projection", "mlp.in", "mlp.out"]
+
+
+class PeftBackbone(TunedBackbone):
+    """A backbone whose encoder a `peft` method has changed in place.
+
+    Args:
+        source: The backbone.
+        config: The peft configuration.
+        seeds: Decide the initialisation.
+    """
+
+    def __init__(self, source: Backbone, config: Any, seeds: Seeds) -> None:
+        super().__init__(source)
+        with seeds.scope("tuner"):
+            peft_model: PeftModel = get_peft_model(source.encoder, config)
+        # The PeftModel holds the same encoder: not a submodule of its own, or every weight would be named twice.
+        self._peft = [peft_model]
+        self._own({name: p for name, p in peft_model.named_parameters() if p.requires_grad})
+        self.train(False)
+
+    @property
+    def peft_model(self) -> PeftModel:
+        """The encoder as peft sees it."""
+        return self._peft[0]
+
+    def disabled(self) -> AbstractContextManager[None]:
+        """See `TunedBackbone.disabled`."""
+        context: AbstractContextManager[None] = self.peft_model.disable_adapter()
+        return context
+
+    def merged(self) -> Backbone:
+        """See `TunedBackbone.merged`."""
+        twin = copy.deepcopy(self)
+        backbone = twin.source
+        backbone.encoder = twin.peft_model.merge_and_unload(safe_merge=True)
+        backbone.requires_grad_(False)
+        return backbone
+
+    def adapter_config(self) -> dict[str, Any]:
+        """Peft's configuration as plain values."""
+        config = self.peft_model.peft_config["default"]
+        values = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
+        return {**values, "base_model_name_or_path": self.spec.architecture, "inference_mode": True}
+
+    def adapter_state(self) -> dict[str, Tensor]:
+        """Peft's state with peft's names."""
+        state: dict[str, Tensor] = get_peft_model_state_dict(self.peft_model)
+        return state
+
+    def load_adapter_state(self, state: Mapping[str, Tensor]) -> None:
+        """See `TunedBackbone.load_adapter_state`."""
+        check_keys(state, self.adapter_state())
+        set_peft_model_state_dict(self.peft_model, dict(state))
+
+
+def target_pattern(backbone: Backbone, roles: tuple[str, ...]) -> str:
+    """An anchored pattern of module paths: peft matches bare names anywhere (`proj` is in `patch_embed.proj` too).
+
+    Block numbers are folded, so that the pattern stays readable in adapter_config.json.
+
+    Raises:
+        ConfigError: The backbone has no module with one of these roles.
+    """
+    paths = backbone.layout.paths(*roles)
+    if not paths:
+        raise ConfigError(f"{backbone.spec.name} has no modules with the roles {', '.join(roles)}.")
+    folded = dict.fromkeys(re.sub(r"(?<=\\\.)\d+(?=\\\.)", r"\\d+", re.escape(path)) for path in paths)
+    return f"^(?:{'|'.join(folded)})$"
+
+
+class LoRAOptions(MethodOptions):
+    """Options of LoRA."""
+
+    name: Literal["lora"] = "lora"
+    rank: int = Field(8, ge=1, description="rank of the update")
+    alpha: float = Field(16.0, gt=0, description="the update is scaled by alpha / rank")
+    roles: tuple[Role, ...] = Field(get_args(Role), min_length=1, description="which linear layers get an update")
+
+
+@TUNERS.register("lora")
+class LoRA(Tuner[LoRAOptions]):
+    """A low-rank update beside linear layers: W x + (alpha / rank) B A x, with B starting at zero."""
+
+    Options: ClassVar[type[MethodOptions]] = LoRAOptions
+    summary: ClassVar[str] = "low-rank updates of linear layers, through peft (arXiv 2106.09685)"
+    learning_rate: ClassVar[float] = 1e-3
+
+    def attach(self, backbone: Backbone, seeds: Seeds, images: Tensor | None = None) -> TunedBackbone:  # noqa: ARG002
+        """See `Tuner.attach`."""
+        config = LoraConfig(
+            r=self.options.rank,
+            lora_alpha=self.options.alpha,
+            target_modules=target_pattern(backbone, self.options.roles),
+            bias="none",
+        )
+        return PeftBackbone(backbone, config, seeds)

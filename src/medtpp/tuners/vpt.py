@@ -1,0 +1,109 @@
+"""VPT-deep: learned prompt tokens in every block (Jia et al., arXiv 2203.12119)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from medtpp.backbones import Backbone
+from medtpp.config import TUNERS, MethodOptions
+from medtpp.errors import ConfigError
+from medtpp.seeds import Seeds
+from medtpp.tuners.base import TunedBackbone, Tuner
+
+
+class VPTBackbone(TunedBackbone):
+    """A backbone whose blocks see prompts at the end of their input and drop them from their output.
+
+    So prompts come after dropping, are never masked, pooled or decoded, and each block has its own, as in VPT-deep.
+    """
+
+    def __init__(self, source: Backbone, prompts: int, seeds: Seeds) -> None:
+        super().__init__(source)
+        spec = source.spec
+        # The bound of the reference code: Xavier's for the patch projection.
+        bound = math.sqrt(6.0 / (3 * math.prod(spec.patch) + spec.width))
+        self.prompts = nn.Parameter(torch.empty(spec.depth, prompts, spec.width))
+        with torch.no_grad():
+            self.prompts.uniform_(-bound, bound, generator=seeds.generator("tuner"))
+        self.enabled = True
+        modules = dict(source.encoder.named_modules())
+        for index, path in enumerate(source.layout.blocks):
+            hooks = _BlockHooks(self, index)
+            modules[path].register_forward_pre_hook(hooks.append, with_kwargs=True)
+            modules[path].register_forward_hook(hooks.remove)
+        self._own({"prompts": self.prompts})
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """See `TunedBackbone.disabled`."""
+        self.enabled = False
+        try:
+            yield
+        finally:
+            self.enabled = True
+
+    def merged(self) -> Backbone:
+        """Prompts are input, not weights: they cannot be folded in."""
+        raise ConfigError(
+            "VPT cannot be merged: prompts are tokens, not weights. Keep the adapter beside the backbone."
+        )
+
+    def adapter_config(self) -> dict[str, Any]:
+        """See `TunedBackbone.adapter_config`."""
+        return {"medtpp_type": "VPT_DEEP", "prompts": self.prompts.shape[1], "blocks": list(self.layout.blocks)}
+
+
+class _BlockHooks:
+    """Appends one block's prompts before it runs and removes them after."""
+
+    def __init__(self, tuned: VPTBackbone, index: int) -> None:
+        self.tuned = tuned
+        self.index = index
+
+    def append(
+        self,
+        block: nn.Module,  # noqa: ARG002  (torch's signature)
+        args: tuple[Tensor, ...],
+        kwargs: dict[str, Any],
+    ) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+        if not self.tuned.enabled:
+            return args, kwargs
+        tokens = args[0]  # (B, N, D)
+        prompts = self.tuned.prompts[self.index].to(tokens.dtype).expand(len(tokens), -1, -1)
+        rope = kwargs.get("rope")
+        if rope is not None:  # prompts have no place in the image: their rotation is by zero, sin 0 and cos 1
+            half = rope.shape[-1] // 2
+            still = torch.cat([rope.new_zeros(prompts.shape[1], half), rope.new_ones(prompts.shape[1], half)], dim=-1)
+            kwargs = {**kwargs, "rope": torch.cat([rope, still.expand(*rope.shape[:-2], -1, -1)], dim=-2)}
+        return (torch.cat([tokens, prompts], dim=1), *args[1:]), kwargs
+
+    def remove(self, block: nn.Module, args: Any, output: Tensor) -> Tensor:  # noqa: ARG002  (torch's signature)
+        return output[:, : -self.tuned.prompts.shape[1]] if self.tuned.enabled else output
+
+
+class VPTDeepOptions(MethodOptions):
+    """Options of VPT-deep."""
+
+    name: Literal["vpt_deep"] = "vpt_deep"
+    prompts: int = Field(8, ge=1, description="prompt tokens per block")
+
+
+@TUNERS.register("vpt_deep")
+class VPTDeep(Tuner[VPTDeepOptions]):
+    """Learned tokens beside the image's, new ones in every block."""
+
+    Options: ClassVar[type[MethodOptions]] = VPTDeepOptions
+    summary: ClassVar[str] = "learned prompt tokens in every block (arXiv 2203.12119)"
+    learning_rate: ClassVar[float] = 5e-3
+    merges: ClassVar[bool] = False
+
+    def attach(self, backbone: Backbone, seeds: Seeds, images: Tensor | None = None) -> TunedBackbone:  # noqa: ARG002
+        """See `Tuner.attach`."""
+        return VPTBackbone(backbone, self.options.prompts, seeds)
