@@ -107,7 +107,7 @@ def test_a_constant_image_stays_constant_under_geometry():
     torch.testing.assert_close(found, batch)
 
 
-def test_black_stays_black_and_the_strength_bounds_the_change():
+def test_an_empty_image_stays_empty_and_the_strength_bounds_the_change():
     black = torch.zeros(16, 1, 8, 8)
     assert not Augmenter(changed(intensity=0.15), "xray")(black, draws(16)).any()
     grey = torch.full((500, 1, 8, 8), 0.5)

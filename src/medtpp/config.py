@@ -157,6 +157,14 @@ class Experiment(Options):
     hardware: HardwareOptions = HardwareOptions()
     logging: LoggingOptions = LoggingOptions()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The complete class is made at run time, so it cannot be pickled by name for another process.
+        return _rebuild, (self.model_dump(mode="json"),)
+
+
+def _rebuild(values: dict[str, Any]) -> Experiment:
+    return experiment_schema().model_validate(values)
+
 
 def _methods(registry: Registry[Any], default: str) -> tuple[Any, Any]:
     options = tuple(entry.Options for _, entry in registry.items())

@@ -65,8 +65,7 @@ class Registry(Generic[T]):
 
     def values(self) -> Iterator[type[T]]:
         """The classes, sorted by name."""
-        for _, entry in self.items():
-            yield entry
+        yield from (self._entries[name] for name in self.names())
 
     def _discover(self) -> None:
         if self._discovered:

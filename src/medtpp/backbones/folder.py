@@ -21,6 +21,7 @@ from medtpp.backbones.base import Backbone, hash_state
 from medtpp.backbones.checkpoints import load_strict
 from medtpp.backbones.timm_vit import create_network, resample, wrap_vit
 from medtpp.config import BACKBONES, BackboneOptions
+from medtpp.data.fingerprints import Fingerprints
 from medtpp.errors import WeightsError
 from medtpp.files import atomic, read_json, write_json
 
@@ -87,12 +88,19 @@ def locate(name: str) -> Path:
     return embedded if name and "/" not in name and embedded.is_dir() else Path(name).expanduser()
 
 
+def seen_by(options: BackboneOptions) -> Fingerprints:
+    """Fingerprints of what a backbone's weights were trained on, where its folder tells."""
+    path = locate(options.name) / "fingerprints.json"
+    known = options.weights == "pretrained" and path.is_file()
+    return Fingerprints.model_validate(read_json(path)) if known else Fingerprints()
+
+
 def save_backbone(
     folder: Path,
     encoder_state: Mapping[str, Tensor],
     heads: Mapping[str, Mapping[str, Tensor]],
     card: Mapping[str, Any],
-    fingerprints: Mapping[str, Any],
+    fingerprints: Fingerprints,
     *,
     half: bool = False,
 ) -> None:
@@ -103,7 +111,7 @@ def save_backbone(
         encoder_state: timm's names to weights.
         heads: Pretext heads by task name.
         card: architecture, image_size, channels, mean, std, objective and what is worth telling of the training.
-        fingerprints: `images` and `patients` that were seen.
+        fingerprints: Of the images and patients that were seen.
         half: Store 16-bit floats; half the size, at a relative rounding of 5e-4.
     """
     kind = torch.float16 if half else torch.float32
@@ -112,7 +120,7 @@ def save_backbone(
     for name, head in heads.items():
         kept = {key: value.detach().cpu().to(kind).contiguous() for key, value in head.items()}
         _write(folder / f"pretext_{name}.safetensors", kept)
-    write_json(folder / "fingerprints.json", fingerprints)
+    write_json(folder / "fingerprints.json", fingerprints.model_dump())
     sha256 = hash_state({key: value.float() for key, value in stored.items()})
     write_json(folder / "backbone.json", {"schema": SCHEMA, **card, "sha256": sha256})
 

@@ -52,7 +52,7 @@ class Augmenter:
         result = images.float()
         if options.crop_min < 1 or options.flip_horizontal or options.flip_vertical:
             grid = self._grid(result, draws)
-            result = F.grid_sample(result, grid, align_corners=False)
+            result = F.grid_sample(result, grid, align_corners=False).clamp_(0, 1)
         if options.intensity and not geometric_only:
             result = _change_intensity(result, draws, options.intensity)
         return result.to(images.dtype)
@@ -72,9 +72,7 @@ class Augmenter:
             if flips.get(axis):
                 side = side * torch.where(draws.uniform(f"flip_{axis - dims}") < 0.5, -1.0, 1.0)
             inner = (torch.arange(length, device=images.device) * 2 + 1) / length - 1  # pixel centres in -1 .. 1
-            edge = (
-                1 - 1 / length
-            )  # beyond the outermost pixel centres it repeats, as padding "border" would (not on MPS)
+            edge = 1 - 1 / length  # the outermost pixel centre; like padding_mode="border", which MPS lacks
             along = (centres[:, axis, None] + side[:, None] * inner).clamp(-edge, edge)  # (B, length)
             place = along.reshape(batch, *[length if other == axis else 1 for other in range(dims)])
             if turns and axis in flips:
@@ -99,7 +97,5 @@ def _change_intensity(images: Tensor, draws: Draws, strength: float) -> Tensor:
     brightness = draws.between("brightness", 1 - strength, 1 + strength).reshape(shape)
     gamma = draws.between("gamma", -strength, strength).exp().reshape(shape)
     mean = images.mean(dim=tuple(range(1, images.ndim)), keepdim=True)
-    # Brightness multiplies: the black around a scan stays black. In place from the second step on: on CPUs new memory
-    # costs more than the arithmetic.
-    changed = images * (contrast * brightness)
+    changed = images * (contrast * brightness)  # then in place: on CPUs new memory costs more than the arithmetic
     return changed.add_(mean * (1 - contrast) * brightness).clamp_(0, 1).pow_(gamma)

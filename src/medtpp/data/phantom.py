@@ -267,7 +267,7 @@ def _nodules(
 
 
 def _place(rng: np.random.Generator, thorax: _Thorax, spread: float) -> tuple[float, float]:
-    """A point well inside a lung, more often in the right upper lobe, as lung cancer is; a small spread: near a hilum."""
+    """A point well inside a lung, most often in the right upper lobe, as lung cancer is; or near a hilum."""
     around = 0.06 * np.array([[0, 1, -1, 0, 0], [0, 0, 0, 1, -1]])
     for _ in range(200):
         cx = (1 if rng.random() < 0.2 else -1) * (0.2 + spread * rng.uniform(0, 0.55))
@@ -373,5 +373,6 @@ def _cloud(rng: np.random.Generator, size: int, power: float) -> Grid:
     fy, fx = np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size)[None, :]
     spectrum = np.fft.rfft2(rng.spawn(1)[0].normal(size=(size, size))) / np.maximum(np.hypot(fy, fx), 1 / size) ** power
     spectrum[0, 0] = 0
-    cloud = np.fft.irfft2(spectrum, s=(size, size))
-    return (cloud / cloud.std()).astype(np.float32)
+    cloud = np.fft.irfft2(spectrum, s=(size, size)).astype(np.float32)
+    scaled: Grid = cloud / cloud.std()
+    return scaled

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import ClassVar
 
 from torch import Tensor, nn
 
 from medtpp.backbones import Features, Spec
 from medtpp.config import MethodOptions
+from medtpp.data.case import Case
 from medtpp.seeds import Seeds
 
 
@@ -38,6 +40,10 @@ class Task(nn.Module, ABC):
     @abstractmethod
     def forward(self, features: Features) -> Tensor:
         """Logits of a batch."""
+
+    @abstractmethod
+    def targets(self, cases: Sequence[Case]) -> Tensor:
+        """What `loss` compares with, from the labels of some cases: (n, ...)."""
 
     @abstractmethod
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:

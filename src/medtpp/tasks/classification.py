@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import torch
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 
 from medtpp.backbones import Features, Spec
 from medtpp.config import TASKS, MethodOptions
+from medtpp.data.case import Case
 from medtpp.seeds import Seeds
 from medtpp.tasks.base import Task
 
@@ -53,6 +55,13 @@ class Classification(Task):
         """(B, K) logits."""
         logits: Tensor = self.linear(self.norm(features.pooled(self.pooling)))
         return logits
+
+    def targets(self, cases: Sequence[Case]) -> Tensor:
+        """(n,) int64 class indices; (n, K) zeros and ones with several labels."""
+        index = {name: number for number, name in enumerate(self.classes)}
+        if not self.multilabel:
+            return torch.tensor([index[case.labels[0]] for case in cases])
+        return torch.tensor([[float(name in case.labels) for name in self.classes] for case in cases])
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy with targets (B,) int64; binary cross-entropy with targets (B, K) in {0, 1}."""

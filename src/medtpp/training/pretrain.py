@@ -31,7 +31,7 @@ from medtpp.seeds import Seeds
 from medtpp.training.device import make_fabric
 from medtpp.training.loop import Group, fit
 from medtpp.training.resume import finish
-from medtpp.training.stage import PretextModule, StageData, StageResult, launch, resolve_schedule
+from medtpp.training.stage import PretextModule, StageData, StageResult, launch, number, resolve_stage, schedule_of
 
 
 class PretrainOptions(StageOptions):
@@ -71,15 +71,24 @@ class PretrainInputs:
     seed: int
 
 
+def resolve_pretrain(options: PretrainOptions, images: int) -> PretrainOptions:
+    """Answer the `auto` values."""
+    batch = 128 if options.batch_size == "auto" else options.batch_size
+    return resolve_stage(
+        options, passes=100, batch_size=batch, cases=images, limits=(500, 50_000), learning_rate=1.5e-3 * batch / 256
+    )
+
+
 def run_pretrain(inputs: PretrainInputs, folder: Path) -> StageResult:
     """Train and write a backbone folder; a resume file found there is taken up."""
     return launch(make_fabric(inputs.hardware, inputs.logging, folder), _train, inputs, folder)
 
 
 def _train(fabric: Fabric, inputs: PretrainInputs, folder: Path) -> StageResult:
-    options, data, seeds = inputs.options, inputs.data, Seeds(inputs.seed)
-    schedule, batch_size = resolve_schedule(options, passes=100, batch_size=128, cases=len(data), limits=(500, 50_000))
-    rate = 1.5e-3 * batch_size / 256 if options.learning_rate == "auto" else options.learning_rate
+    data, seeds = inputs.data, Seeds(inputs.seed)
+    options = resolve_pretrain(inputs.options, len(data))
+    batch_size, rate = number(options.batch_size), float(options.learning_rate)
+    schedule = schedule_of(options)
     name = BackboneOptions(name=options.architecture, weights="random")
     backbone = backbones.load(name, image_size=data.cache.shape[-1])
     _start_positions(backbone)
@@ -113,9 +122,7 @@ def _train(fabric: Fabric, inputs: PretrainInputs, folder: Path) -> StageResult:
             },
         }
         heads = {inputs.pretext.name: pretext.state_dict()}
-        save_backbone(
-            folder, backbone.encoder.state_dict(), heads, card, inputs.fingerprints.model_dump(), half=options.half
-        )
+        save_backbone(folder, backbone.encoder.state_dict(), heads, card, inputs.fingerprints, half=options.half)
         write_text(folder / "README.md", _model_card(card, result, len(data), inputs.description))
         finish(folder)
         write_json(folder / MARKER, result.summary())

@@ -24,6 +24,7 @@ from medtpp.training.loop import Schedule
 from medtpp.training.resume import Record
 
 T = TypeVar("T")
+O = TypeVar("O", bound=StageOptions)  # noqa: E741  (options)
 
 
 @dataclass(frozen=True)
@@ -124,10 +125,10 @@ def launch(fabric: Fabric, train: Callable[..., T], *args: Any) -> T:
     return result
 
 
-def resolve_schedule(
-    options: StageOptions, *, passes: float, batch_size: int, cases: int, limits: tuple[int, int]
-) -> tuple[Schedule, int]:
-    """Answer the `auto` values of a stage.
+def resolve_stage(
+    options: O, *, passes: float, batch_size: int, cases: int, limits: tuple[int, int], learning_rate: float
+) -> O:
+    """Answer the `auto` values that stages have in common; a second call changes nothing.
 
     Args:
         options: As given.
@@ -135,17 +136,34 @@ def resolve_schedule(
         batch_size: What `batch_size: auto` stands for; at most the number of cases.
         cases: How many there are.
         limits: Least and most steps of `auto`.
-
-    Returns:
-        The schedule and the batch size over all devices.
+        learning_rate: What `learning_rate: auto` stands for.
     """
     batch = min(batch_size, max(cases, 2)) if options.batch_size == "auto" else options.batch_size
     low, high = limits
     steps = min(high, max(low, round(passes * cases / batch))) if options.steps == "auto" else options.steps
-    every = max(1, steps // 10) if options.checkpoint_every == "auto" else options.checkpoint_every
-    return Schedule(steps, options.warmup, options.accumulate, options.clip, every), batch
+    answers = {
+        "batch_size": batch,
+        "steps": steps,
+        "learning_rate": learning_rate if options.learning_rate == "auto" else options.learning_rate,
+        "checkpoint_every": max(1, steps // 10) if options.checkpoint_every == "auto" else options.checkpoint_every,
+    }
+    return options.model_copy(update=answers)
 
 
-def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters that require gradients, by name."""
-    return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+def schedule_of(options: StageOptions, validate_every: int = 0) -> Schedule:
+    """The loop's schedule for resolved options."""
+    return Schedule(
+        number(options.steps),
+        options.warmup,
+        options.accumulate,
+        options.clip,
+        number(options.checkpoint_every),
+        validate_every,
+    )
+
+
+def number(value: int | str) -> int:
+    """A resolved whole number."""
+    if isinstance(value, str):
+        raise TypeError(f"{value!r} was not resolved")
+    return value

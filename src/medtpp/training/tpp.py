@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from medtpp import backbones, tuners
 from medtpp.adapter import AdapterCard, BackboneCard, TPPCard, save_adapter
-from medtpp.config import PRETEXTS, TUNERS, Experiment
+from medtpp.config import PRETEXTS, TUNERS, Experiment, TPPOptions
 from medtpp.data.augment import Augmenter
 from medtpp.data.fingerprints import Fingerprints
 from medtpp.data.preprocess import Preprocessing
@@ -25,9 +25,9 @@ from medtpp.files import MARKER, write_json
 from medtpp.pretext.base import Pretext
 from medtpp.seeds import Seeds, name_key
 from medtpp.training.device import make_fabric
-from medtpp.training.loop import Group, Schedule, fit
-from medtpp.training.resume import finish
-from medtpp.training.stage import PretextModule, StageData, StageResult, launch, resolve_schedule
+from medtpp.training.loop import Group, Schedule, Stream, fit
+from medtpp.training.resume import RESUME, finish
+from medtpp.training.stage import PretextModule, StageData, StageResult, launch, number, resolve_stage, schedule_of
 
 
 @dataclass(frozen=True)
@@ -64,23 +64,21 @@ def run_tpp(inputs: TPPInputs, folder: Path) -> StageResult:
 
 def _train(fabric: Fabric, inputs: TPPInputs, folder: Path) -> StageResult:
     experiment, data = inputs.experiment, inputs.data
-    options, seeds = experiment.tpp, Seeds(experiment.seed)
-    schedule, batch_size = resolve_schedule(options, passes=40, batch_size=64, cases=len(data), limits=(200, 2000))
-    rate = TUNERS.get(experiment.tuner.name).learning_rate if options.learning_rate == "auto" else options.learning_rate
-
+    seeds = Seeds(experiment.seed)
     backbone = backbones.load(experiment.backbone, image_size=inputs.preprocessing.image_size)
     pretext, trained_head = make_pretext(experiment, backbone, seeds)
+    options = resolve_tpp(experiment, len(data), trained_head=trained_head)
+    batch_size, rate = number(options.batch_size), float(options.learning_rate)
+    head_warmup = number(options.head_warmup)
+    schedule = schedule_of(options)
     tuned = tuners.attach(backbone, experiment.tuner, seed=seeds)
     module = PretextModule(tuned, pretext, Augmenter(experiment.data.augment, experiment.data.modality))
     head = Group("pretext", dict(pretext.named_parameters()), options.head_learning_rate)
     targets = Group("tuner", tuned.targets, rate, options.weight_decay)
 
-    auto_warmup = 0 if trained_head else max(200, round(0.1 * schedule.steps))
-    head_warmup = auto_warmup if options.head_warmup == "auto" else options.head_warmup
-    if head_warmup:
-        warm_up_head(
-            fabric, module, head, targets, data.stream(batch_size, seeds.child("head-warmup"), fabric), head_warmup
-        )
+    if head_warmup and not (folder / RESUME).is_file():
+        warmup_stream = data.stream(batch_size, seeds.child("head-warmup"), fabric)
+        warm_up_head(fabric, module, head, targets, warmup_stream, head_warmup)
     stream = data.stream(batch_size, seeds.child("tpp"), fabric)
     record = fit(
         fabric, module, [targets, head], stream, schedule, folder=folder, title="TPP", after_step=tuned.after_step
@@ -114,6 +112,22 @@ def _train(fabric: Fabric, inputs: TPPInputs, folder: Path) -> StageResult:
     return result
 
 
+def resolve_tpp(experiment: Experiment, images: int, *, trained_head: bool) -> TPPOptions:
+    """Answer the `auto` values: 40 passes over the images within 200 to 2,000 steps, the tuner's learning rate."""
+    options = resolve_stage(
+        experiment.tpp,
+        passes=40,
+        batch_size=64,
+        cases=images,
+        limits=(200, 2000),
+        learning_rate=TUNERS.get(experiment.tuner.name).learning_rate,
+    )
+    if options.head_warmup != "auto":
+        return options
+    # A new head would move the target parameters at random before it knows its task.
+    return options.model_copy(update={"head_warmup": 0 if trained_head else max(200, number(options.steps) // 10)})
+
+
 def make_pretext(experiment: Experiment, backbone: backbones.Backbone, seeds: Seeds) -> tuple[Pretext, bool]:
     """The pretext task for a backbone, and whether its head came trained with the backbone.
 
@@ -142,13 +156,13 @@ def backbone_card(experiment: Experiment, backbone: backbones.Backbone, preproce
 
 
 def warm_up_head(
-    fabric: Fabric, module: PretextModule, head: Group, targets: Group, stream: object, steps: int
+    fabric: Fabric, module: PretextModule, head: Group, targets: Group, stream: Stream, steps: int
 ) -> None:
     """Train a new pretext head alone, so that its first gradients do not move the target parameters at random."""
     for parameter in targets.parameters.values():
         parameter.requires_grad_(False)
     try:
-        fit(fabric, module, [head], stream, Schedule(steps), title="pretext head")  # type: ignore[arg-type]
+        fit(fabric, module, [head], stream, Schedule(steps), title="pretext head")
     finally:
         for parameter in targets.parameters.values():
             parameter.requires_grad_(True)
