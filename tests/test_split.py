@@ -97,6 +97,20 @@ def test_patients_of_many_images_keep_the_shares():
         assert counts["val"] == pytest.approx(0.12 * total, abs=4)
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_the_patients_with_most_images_do_not_tip_the_balance(seed):
+    sizes = [30, 20, 15, *[1] * 75]
+    cases = [
+        case(f"{name}{p}/{i}", name, patient=f"{name}{p}")
+        for name in "ab"
+        for p, n in enumerate(sizes)
+        for i in range(n)
+    ]
+    for counts in per_class(cases, split_of(cases, seed=seed)).values():
+        assert counts["test"] == pytest.approx(28, abs=2)
+        assert counts["val"] == pytest.approx(16.8, abs=2)
+
+
 def test_the_seed_matters():
     cases = counted(a=50, b=50)
     assert split_of(cases, seed=1) != split_of(cases, seed=2)

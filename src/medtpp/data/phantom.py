@@ -44,6 +44,9 @@ class Phantoms:
 def generate(n: int, size: int = 128, seed: int = 0, *, dims: Literal[2, 3] = 2) -> Phantoms:
     """Draw phantoms, about half of them with one lesion.
 
+    Lesions are plain to see in most radiographs, and yet logistic regression on the pixels of 400 of them (reduced to
+    32 x 32) has a test AUC between 0.52 and 0.8: it takes a model that finds a blob wherever it lies.
+
     Args:
         n: Number of images.
         size: Side in pixels or voxels.

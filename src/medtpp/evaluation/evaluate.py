@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ _TITLES = {
     "log_loss": "log loss",
 }
 _LONGEST_NAME = 18
+_NEGATIVE = frozenset({"0", "control", "false", "healthy", "neg", "negative", "no", "none", "norm", "normal"})
 
 
 @dataclass(frozen=True)
@@ -103,16 +104,18 @@ def evaluate(
     resamples: int = 2000,
     seed: int,
     level: float = 0.95,
+    notes: Sequence[str] = (),
 ) -> Evaluation:
     """Metrics of the labelled cases, each with a percentile interval from a bootstrap over patients.
 
     Args:
         test: Predictions of the test cases alone (`Predictions.select`); unlabelled ones are left out, with a note.
         thresholds: One per class, from `choose_thresholds` on validation predictions.
-        positive: The positive class of a two-class task; None takes the second in sorted order.
+        positive: The positive class of a two-class task; None takes what `positive_class` says.
         resamples: Bootstrap resamples.
         seed: Of the bootstrap.
         level: Coverage of the intervals.
+        notes: What a reader must know beforehand.
 
     Raises:
         ConfigError: A threshold is missing, or `positive` does not fit the task.
@@ -151,12 +154,15 @@ def evaluate(
         per_class=_per_class(scored, counts),
         confusion=_confusion(scored),
         bootstrap=bootstrap,
-        notes=(*thresholds.notes, *_notes(test, known, counts, n_patients)),
+        notes=(*notes, *thresholds.notes, *_notes(test, known, counts, n_patients)),
     )
 
 
 def positive_class(predictions: Predictions, positive: str | None = None) -> str | None:
-    """The positive class of a single-label task of two classes: the one named, else the second in sorted order.
+    """The positive class of a single-label task of two classes: the one named, else the one whose name says a finding.
+
+    That is the second in sorted order ("benign", "malignant"), unless the second is a word for health and the first is
+    not ("lesion", "normal").
 
     Returns:
         None for other tasks, in which every class is compared to the rest.
@@ -172,7 +178,12 @@ def positive_class(predictions: Predictions, positive: str | None = None) -> str
         return None
     if positive is not None and positive not in predictions.classes:
         raise ConfigError(f"The positive class {positive!r} is none of {', '.join(predictions.classes)}.")
-    return positive or sorted(predictions.classes)[1]
+    first, second = sorted(predictions.classes)
+    return positive or (first if _is_negative(second) and not _is_negative(first) else second)
+
+
+def _is_negative(name: str) -> bool:
+    return name.lower() in _NEGATIVE or name.lower().startswith(("no_", "no ", "non"))
 
 
 def _estimates(scored: Scored, groups: NDArray[np.int64], bootstrap: Bootstrap, n_patients: int) -> dict[str, Estimate]:

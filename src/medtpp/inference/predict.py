@@ -20,6 +20,7 @@ from medtpp.backbones import Backbone
 from medtpp.data.case import Case
 from medtpp.data.decode import read_image
 from medtpp.data.preprocess import Preprocessing
+from medtpp.data.sources import list_images
 from medtpp.errors import DataError, WeightsError
 from medtpp.evaluation import Predictions
 from medtpp.tasks.base import Task
@@ -69,6 +70,27 @@ def as_predictions(
         probabilities=probabilities.numpy(),
         multilabel=multilabel,
     )
+
+
+def image_cases(paths: Sequence[Path]) -> list[Case]:
+    """Cases for image files, and for all images in folders; ids are the paths as given.
+
+    Raises:
+        DataError: A path does not exist, a folder holds no images, or there is none at all.
+    """
+    cases: dict[str, Case] = {}
+    wrong = []
+    for path in paths:
+        names = list_images(path)[0] if path.is_dir() else []
+        if not path.exists():
+            wrong.append(f"{path} does not exist")
+        elif path.is_dir() and not names:
+            wrong.append(f"{path} holds no images")
+        for image in [path / name for name in names] if path.is_dir() else [path]:
+            cases.setdefault(image.as_posix(), Case(image.as_posix(), image))
+    if wrong:
+        raise DataError("There is nothing to predict in:", wrong)
+    return list(cases.values())
 
 
 @dataclass(frozen=True)

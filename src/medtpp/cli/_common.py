@@ -1,0 +1,147 @@
+"""Options and displays that several verbs share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from medtpp.config import Experiment
+    from medtpp.data.cache import Progress
+    from medtpp.data.case import Dataset, ImageRecord, Problem
+    from medtpp.data.check import DatasetSummary
+    from medtpp.evaluation import Evaluation
+    from medtpp.workflow.prepare import Prepared
+
+console = Console(highlight=False)
+errors = Console(stderr=True, highlight=False)
+
+Source = Annotated[Path, typer.Argument(help="An experiment.yaml, a folder of class folders, or a CSV manifest.")]
+Out = Annotated[Path, typer.Option("--out", "-o", help="Output folder.")]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", help="Override a field: --set tuner.rank=16. May be repeated.")
+]
+Unlabelled = Annotated[
+    list[Path] | None, typer.Option("--unlabelled", help="Folder of more images without labels, for TPP. Repeatable.")
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on in a folder that holds a killed run.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is in the output folder.")]
+Modality = Annotated[
+    str | None,
+    typer.Option(
+        help="xray, ct, mri, ultrasound, pathology, microscopy, retina or photo: decides which flips are allowed."
+    ),
+]
+
+
+def experiment_from(
+    source: Path,
+    settings: Sequence[str] | None,
+    unlabelled: Sequence[Path] | None = None,
+    modality: str | None = None,
+) -> Experiment:
+    """The experiment that a verb's arguments describe."""
+    from medtpp.workflow.experiment import load_experiment
+
+    chosen = [*(settings or []), *([f"data.modality={modality}"] if modality else [])]
+    return load_experiment(source, chosen, unlabelled or [])
+
+
+@contextmanager
+def decoding() -> Iterator[Progress]:
+    """A progress bar for reading images, on a terminal; it appears with the first image."""
+    from rich.progress import Progress as Bar
+
+    with Bar(console=errors, transient=True, disable=not errors.is_terminal) as bar:
+        task = bar.add_task("reading images", total=None, visible=False)
+        yield lambda done, total: bar.update(task, completed=done, total=total, visible=True)
+
+
+def show_problems(problems: Sequence[Problem]) -> None:
+    """Errors and warnings, each on its own paragraph."""
+    for problem in problems:
+        style = "bold red" if problem.severity == "error" else "yellow"
+        console.print(f"{problem.severity}:", style=style, end=" ")
+        console.print(problem.message, markup=False)
+
+
+def show_summary(summary: DatasetSummary, title: str) -> None:
+    """A data set in numbers."""
+    table = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column()
+    unlabelled = summary.cases - summary.labelled
+    table.add_row("cases", f"{summary.cases}" + (f" ({unlabelled} without label)" if unlabelled else ""))
+    table.add_row("classes", _counts(summary.classes))
+    for name, spread in (("width", summary.width), ("height", summary.height)):
+        if spread:
+            low, middle, high = spread
+            table.add_row(name, f"{low} px" if low == high else f"{low} to {high} px, median {middle:g}")
+    if summary.bits:
+        depth = ", ".join(f"{bits} bit: {count}" for bits, count in summary.bits.items())
+        table.add_row("depth", f"{depth}; {summary.colour or 'none'} in colour")
+    table.add_row("patients", str(summary.patients) if summary.patients else "unknown: every image counts as a patient")
+    if summary.sites:
+        table.add_row("sites", _counts(summary.sites))
+    for split, counts in summary.splits.items():
+        table.add_row(split, _counts(counts))
+    console.print(table)
+
+
+def _counts(counts: dict[str, int]) -> str:
+    return ", ".join(f"{name} {count}" for name, count in counts.items()) or "none"
+
+
+def show_split(prepared: Prepared) -> None:
+    """How the cases were divided, what TPP sees, and warnings."""
+    sizes = {name: len(prepared.cases(name)) for name in ("train", "val", "test")}
+    parts = ", ".join(f"{name} {size}" for name, size in sizes.items())
+    console.print(f"[bold]split[/bold]     {parts}; TPP sees {len(prepared.tpp)} images", markup=True)
+    if prepared.excluded:
+        console.print(
+            f"[yellow]note:[/yellow] {len(prepared.excluded)} unlabelled images are left out of TPP: they are "
+            "unreadable, or share pixels or a patient with validation or test cases."
+        )
+    show_problems(prepared.problems)
+
+
+def show_evaluation(evaluation: Evaluation) -> None:
+    """Metrics with intervals at 80 columns, and notes."""
+    table = Table(title="Test", title_justify="left", show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column()
+    for title, value in evaluation.table():
+        table.add_row(title, value)
+    console.print(table)
+    for note in evaluation.notes:
+        console.print(f"note: {note}", markup=False)
+
+
+def show_stage(name: str, stage: dict[str, Any]) -> None:
+    """One line about a finished stage."""
+    text = f"{stage['steps']} steps of {stage['batch_size']}, {stage['seconds'] / 60:.1f} min, "
+    text += f"{stage['images_per_second']:.0f} images/s, loss {stage['last_loss']:.4f}"
+    if stage.get("best"):
+        text += f", best at step {stage['best']['step']}"
+    if "feature_drift" in stage:
+        text += (
+            f"\n          pretext loss {stage['pretext_loss_on']:.4f} with the tuner, "
+            f"{stage['pretext_loss_off']:.4f} without; feature drift {stage['feature_drift']:.3f}"
+        )
+    console.print(f"[bold]{name:9}[/bold] {text}")
+
+
+def checked(dataset: Dataset, records: dict[str, ImageRecord]) -> list[Problem]:
+    """Show a data set and its problems."""
+    from medtpp.data.check import check, describe
+
+    show_summary(describe(dataset, records), str(dataset.root))
+    problems = check(dataset, records)
+    show_problems(problems)
+    return problems

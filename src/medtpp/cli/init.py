@@ -1,0 +1,43 @@
+"""`medtpp init`: a fully resolved experiment file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from medtpp.cli._common import (
+    Modality,
+    Overwrite,
+    Settings,
+    Source,
+    Unlabelled,
+    console,
+    decoding,
+    experiment_from,
+    show_split,
+)
+from medtpp.errors import OutputError
+
+
+def init(
+    data: Source,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The file to write.")] = Path("experiment.yaml"),
+    modality: Modality = None,
+    settings: Settings = None,
+    unlabelled: Unlabelled = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Read and check the data, choose defaults for it, and write them with comments to a file you can edit."""
+    if output.exists() and not overwrite:
+        raise OutputError(f"{output} exists. Use --overwrite, or another --output.")
+    experiment = experiment_from(data, settings, unlabelled, modality)
+    from medtpp.workflow.experiment import write_experiment
+    from medtpp.workflow.prepare import prepare
+
+    with decoding() as progress:
+        prepared = prepare(experiment, progress=progress)
+    show_split(prepared)
+    write_experiment(output, prepared.experiment)
+    console.print(f"Wrote {output}. Run it with: medtpp run {output} --out runs/{output.stem}", markup=False)

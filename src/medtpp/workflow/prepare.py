@@ -1,0 +1,151 @@
+"""From an experiment to data ready for training: read, decoded once, checked, split; `auto` values answered."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from medtpp import backbones
+from medtpp.config import TUNERS, Experiment
+from medtpp.data.augment import resolve as resolve_augment
+from medtpp.data.cache import ImageCache, build
+from medtpp.data.case import Case, Dataset, ImageRecord, Problem
+from medtpp.data.check import check, raise_errors
+from medtpp.data.decode import probe_colour
+from medtpp.data.fingerprints import Fingerprints
+from medtpp.data.preprocess import Preprocessing
+from medtpp.data.read import read_dataset, read_unlabelled
+from medtpp.data.split import draw_labels, make_split, read_split, split_problems, tpp_cases, write_split
+from medtpp.errors import ConfigError
+from medtpp.seeds import Seeds
+from medtpp.training.finetune import resolve_finetune
+from medtpp.training.stage import StageData
+from medtpp.training.tpp import make_pretext, resolve_tpp
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """An experiment with its data.
+
+    Attributes:
+        experiment: All `auto` values answered but those of the machine (hardware).
+        dataset: The labelled cases and what the source found.
+        cache: Prepared images of all cases, the unlabelled ones included.
+        records: What decoding told, by case id.
+        preprocessing: How images were prepared.
+        split: "train", "val" or "test" by case id, reduced to `data.labels`.
+        tpp: Cases that TPP may see.
+        excluded: Ids of unlabelled cases that TPP may not see.
+        problems: Warnings to show.
+    """
+
+    experiment: Experiment
+    dataset: Dataset
+    cache: ImageCache
+    records: dict[str, ImageRecord]
+    preprocessing: Preprocessing
+    split: dict[str, str]
+    tpp: tuple[Case, ...]
+    excluded: tuple[str, ...]
+    problems: tuple[Problem, ...]
+
+    def cases(self, *splits: str) -> tuple[Case, ...]:
+        """The labelled cases of some splits."""
+        return tuple(case for case in self.dataset.cases if self.split.get(case.id) in splits)
+
+    def data(self, cases: Iterable[Case]) -> StageData:
+        """Some cases as a stage takes them."""
+        return StageData(self.cache, tuple(cases))
+
+    def fingerprints(self, cases: Iterable[Case]) -> Fingerprints:
+        """Fingerprints of some cases."""
+        return Fingerprints.of(cases, self.records)
+
+
+def prepare(experiment: Experiment, *, split_file: Path | None = None, progress: Progress | None = None) -> Prepared:
+    """Read, decode, check and split the data of an experiment.
+
+    Args:
+        experiment: As written by the user.
+        split_file: Where the split is kept: read if it exists, written otherwise.
+        progress: Called with images decoded so far and in all.
+
+    Raises:
+        DataError: The data cannot be used; all reasons are listed.
+        ConfigError: Methods do not fit together.
+    """
+    seeds = Seeds(experiment.seed)
+    dataset = read_dataset(experiment.data)
+    unlabelled = read_unlabelled(experiment.data.unlabelled) if experiment.data.unlabelled else ()
+    backbone = backbones.load(experiment.backbone, image_size=_given(experiment.data.image_size))
+    preprocessing = _preprocessing(experiment, backbone, [case.image for case in dataset.cases])
+    cache = build([*dataset.cases, *unlabelled], preprocessing, progress=progress)
+    records = {record.case: record for record in cache.records}
+    problems = check(dataset, records)
+    raise_errors(dataset, problems)
+
+    if split_file is not None and split_file.is_file():
+        split = read_split(split_file, dataset)
+        whole = split
+    else:
+        data = experiment.data
+        whole = make_split(
+            dataset, records, seeds=seeds, val_fraction=data.val_fraction, test_fraction=data.test_fraction
+        )
+        split = whole if data.labels == "all" else draw_labels(dataset, whole, data.labels, seeds)
+        if split_file is not None:
+            write_split(split_file, dataset, split)
+    seen, excluded = tpp_cases(dataset, records, whole, unlabelled)
+    if experiment.tpp.transductive:
+        seen += [case for case in dataset.cases if whole.get(case.id) in ("val", "test")]
+
+    train = sum(part == "train" for part in split.values())
+    resolved = _resolve(experiment, preprocessing, backbone, train, len(seen))
+    warnings = [*problems, *split_problems(dataset, split)]
+    return Prepared(
+        resolved, dataset, cache, records, preprocessing, split, tuple(seen), tuple(excluded), tuple(warnings)
+    )
+
+
+def _given(value: int | str) -> int | None:
+    return value if isinstance(value, int) else None
+
+
+def _preprocessing(experiment: Experiment, backbone: backbones.Backbone, images: list[Path]) -> Preprocessing:
+    channels = experiment.data.channels
+    return Preprocessing(
+        image_size=backbone.spec.image_size[0],
+        channels=(3 if probe_colour(images) else 1) if channels == "auto" else channels,
+        fit=experiment.data.fit,
+    )
+
+
+def _resolve(
+    experiment: Experiment, preprocessing: Preprocessing, backbone: backbones.Backbone, train: int, seen: int
+) -> Experiment:
+    """Answer every `auto` that the data and the backbone decide.
+
+    Raises:
+        ConfigError: TPP is asked of a tuner without target parameters, or the pretext task does not fit the backbone.
+    """
+    data = experiment.data.model_copy(
+        update={
+            "image_size": preprocessing.image_size,
+            "channels": preprocessing.channels,
+            "augment": resolve_augment(experiment.data.augment, experiment.data.modality),
+        }
+    )
+    tpp = experiment.tpp
+    if tpp.enabled:
+        if not TUNERS.get(experiment.tuner.name).has_targets:
+            raise ConfigError(
+                f"The tuner {experiment.tuner.name} has no target parameters, so TPP has nothing to train. "
+                "Use --set tpp.enabled=false, or another tuner."
+            )
+        _, trained_head = make_pretext(experiment, backbone, Seeds(experiment.seed))
+        tpp = resolve_tpp(experiment, seen, trained_head=trained_head)
+    finetune = resolve_finetune(experiment, train)
+    return experiment.model_copy(update={"data": data, "tpp": tpp, "finetune": finetune})

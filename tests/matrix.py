@@ -1,0 +1,147 @@
+"""What combinations there are: every tuner x every pretext task x every kind of backbone.
+
+Tuners and pretext tasks come from the registries, so that a new one runs through the contract without an edit here. The
+backbones are the smallest networks that have each kind's peculiarities; timm knows them by name, so that they load from
+a folder like any other, and `peft` finds them too.
+"""
+
+from functools import cache, partial
+from pathlib import Path
+from tempfile import mkdtemp
+
+import torch
+from timm.models import register_model
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from medtpp import backbones, tuners
+from medtpp.adapter import AdapterCard, BackboneCard
+from medtpp.backbones.folder import save_backbone
+from medtpp.config import PRETEXTS, TUNERS, BackboneOptions
+from medtpp.data.fingerprints import Fingerprints
+from medtpp.data.preprocess import Preprocessing
+from medtpp.seeds import Seeds
+
+SIZE, PATCH, WIDTH, DEPTH = 32, 8, 64, 2
+PATCHES = (SIZE // PATCH) ** 2
+
+# The dropout must never be seen: a frozen encoder stays in evaluation mode.
+_COMMON = {"patch_size": PATCH, "embed_dim": WIDTH, "depth": DEPTH, "num_heads": 2, "drop_path_rate": 0.3}
+_VIT = partial(VisionTransformer, proj_drop_rate=0.2, **_COMMON)
+_EVA = partial(Eva, proj_drop_rate=0.2, **_COMMON)
+_KINDS = {
+    "medtpp_test_class_token": _VIT,
+    "medtpp_test_mean": partial(_VIT, class_token=False, global_pool="avg", fc_norm=False, pre_norm=True),
+    # Like DINOv2: registers, LayerScale.
+    "medtpp_test_registers": partial(_VIT, reg_tokens=4, no_embed_class=True, init_values=0.3),
+    # Like DINOv3: rotary positions alone, registers, no bias of queries and keys.
+    "medtpp_test_rotary": partial(
+        _EVA, qkv_bias=False, use_abs_pos_emb=False, use_rot_pos_emb=True, rope_type="dinov3", num_reg_tokens=4,
+        use_fc_norm=False, init_values=0.3,
+    ),
+    # Like EVA: biases of queries and values beside a fused layer.
+    "medtpp_test_fused_bias": partial(_EVA, use_fc_norm=False),
+    # Like EVA-02: queries, keys and values apart, a gated MLP, rotary and absolute positions.
+    "medtpp_test_gated": partial(
+        _EVA, qkv_fused=False, swiglu_mlp=True, scale_mlp=True, use_rot_pos_emb=True, use_fc_norm=False
+    ),
+}  # fmt: skip
+
+
+def _entry(name, kind):
+    def build(pretrained=False, pretrained_cfg=None, pretrained_cfg_overlay=None, cache_dir=None, **kwargs):
+        network = kind(**{"num_classes": 0, "img_size": SIZE, **kwargs})
+        network.pretrained_cfg = {}
+        return network
+
+    build.__name__, build.__module__ = name, __name__
+    return build
+
+
+for _name, _kind in _KINDS.items():
+    register_model(_entry(_name, _kind))
+
+VARIANTS = tuple(_KINDS)
+TUNED = [(tuner, variant) for tuner in TUNERS.names() for variant in VARIANTS]
+WITH_TARGETS = [(tuner, variant) for tuner, variant in TUNED if TUNERS.get(tuner).has_targets]
+PRETRAINED = [(pretext, *pair) for pretext in PRETEXTS.names() for pair in WITH_TARGETS]
+
+
+@cache
+def backbone_folder(variant: str) -> Path:
+    """A backbone folder with weights none of which is zero or one, so that every one of them matters."""
+    with Seeds(0).scope("matrix", variant):
+        network = _KINDS[variant](img_size=SIZE, num_classes=0)
+        with torch.no_grad():
+            for parameter in network.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+    folder = Path(mkdtemp(prefix=f"{variant}-"))
+    card = {"architecture": variant, "image_size": SIZE, "channels": 3, "mean": [0.5] * 3, "std": [0.25] * 3}
+    save_backbone(folder, network.state_dict(), {}, {**card, "objective": "unknown"}, Fingerprints())
+    return folder
+
+
+def load(variant: str) -> backbones.Backbone:
+    """A new backbone of this kind; the same bits each time."""
+    return backbones.load(str(backbone_folder(variant)), image_size=SIZE)
+
+
+def attach(tuner: str, variant: str, seed: int = 0) -> tuners.TunedBackbone:
+    """A new backbone with this tuner."""
+    return tuners.attach(load(variant), tuner, seed=seed)
+
+
+def make_pretext(name: str, backbone: backbones.Backbone):
+    """The pretext task with its default options."""
+    method = PRETEXTS.get(name)
+    return method(method.Options(), backbone.spec, Seeds(0))
+
+
+def card_of(tuner: str, variant: str, **fields) -> AdapterCard:
+    """An adapter's card, as the stages write it."""
+    options = BackboneOptions(name=str(backbone_folder(variant)))
+    sha256 = load(variant).spec.sha256
+    return AdapterCard(
+        backbone=BackboneCard(options=options, architecture=variant, image_size=SIZE, sha256=sha256),
+        tuner=TUNERS.get(tuner).Options().model_dump(mode="json"),
+        preprocessing=Preprocessing(image_size=SIZE, channels=1),
+        modality="unknown",
+        seed=0,
+        **fields,
+    )
+
+
+def images(count: int = 8, channels: int = 1) -> torch.Tensor:
+    """(count, channels, SIZE, SIZE) in [0, 1] with something to learn: four corners, what lies between, some noise."""
+    generator = Seeds(1).generator("images")
+    corners = torch.rand(count, channels, 2, 2, generator=generator)
+    smooth = nn.functional.interpolate(corners, size=(SIZE, SIZE), mode="bilinear", align_corners=True)
+    return (smooth + 0.01 * torch.randn(smooth.shape, generator=generator)).clamp(0, 1)
+
+
+def draws(count: int = 8, epoch: int = 0):
+    """Draws of a batch."""
+    return Seeds(2).draws(torch.full((count,), epoch), torch.arange(count))
+
+
+def perturb(tuned: tuners.TunedBackbone, scale: float = 0.05, seed: int = 3) -> None:
+    """Move the target parameters at random, as training would."""
+    generator = Seeds(seed).generator("perturb")
+    with torch.no_grad():
+        for parameter in tuned.targets.values():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * scale)
+
+
+def descend(loss, parameters, steps: int, rate: float) -> list[float]:
+    """AdamW on `loss()`; the loss before each step, and after the last."""
+    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
+    losses = []
+    for _ in range(steps):
+        value = loss()
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+        losses.append(float(value.detach()))
+    with torch.no_grad():
+        return [*losses, float(loss())]
