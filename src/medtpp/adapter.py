@@ -18,7 +18,7 @@ from pydantic import Field, ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from medtpp import backbones
+from medtpp import backbones, tuners
 from medtpp.config import TASKS, TUNERS, BackboneOptions, Modality, Options
 from medtpp.data.fingerprints import Fingerprints
 from medtpp.data.preprocess import Preprocessing
@@ -88,6 +88,29 @@ class Adapter:
     task: Task | None
 
 
+def new_card(backbone: TunedBackbone, preprocessing: Preprocessing, modality: Modality, seed: int) -> AdapterCard:
+    """The card of a tuned backbone that has learnt nothing yet.
+
+    Raises:
+        WeightsError: The backbone was wrapped in memory, so nobody else could load it.
+    """
+    if backbone.options is None:
+        raise WeightsError("An adapter needs a backbone that was loaded by name: use medtpp.load.")
+    spec = backbone.spec
+    return AdapterCard(
+        backbone=BackboneCard(
+            options=backbone.options,
+            architecture=spec.architecture,
+            image_size=spec.image_size[0],
+            sha256=spec.sha256,
+        ),
+        tuner=backbone.tuner.model_dump(mode="json"),
+        preprocessing=preprocessing,
+        modality=modality,
+        seed=seed,
+    )
+
+
 def package_versions() -> dict[str, str]:
     """Versions of what an adapter depends on."""
     names = ("medtpp", "torch", "timm", "peft")
@@ -149,8 +172,8 @@ def load_adapter(folder: Path, *, backbone: str | None = None) -> Adapter:
             f"{card.backbone.sha256[:16]}…; {options.name} has {source.spec.sha256[:16]}…. "
             "Use the backbone it was made with."
         )
-    method = TUNERS.get(card.tuner["name"])
-    tuned: TunedBackbone = method(method.Options.model_validate(card.tuner)).attach(source, Seeds(card.seed))
+    tuner = TUNERS.get(card.tuner["name"]).Options.model_validate(card.tuner)
+    tuned = tuners.attach(source, tuner, seed=card.seed)
     try:
         tuned.load_adapter_state(_read_tensors(folder / "adapter_model.safetensors"))
     except WeightsError as error:

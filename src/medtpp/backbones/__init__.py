@@ -31,6 +31,7 @@ def load(name: str | BackboneOptions, *, weights: str = "pretrained", image_size
     for family in BACKBONES.values():
         if family.recognises(options.name):
             backbone: Backbone = family.build(options, image_size)
+            backbone.options = options
             return backbone
     examples = [example for family in BACKBONES.values() for example in family.examples]
     near = difflib.get_close_matches(options.name, examples, n=3)

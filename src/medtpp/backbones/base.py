@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from medtpp.config import BackboneOptions
 from medtpp.errors import DataError
 
 
@@ -116,12 +117,14 @@ class Backbone(nn.Module, ABC):
         layout: Where its parts are.
         encoder: The bare network, which `peft` and other libraries know.
         pretext_heads: State of pretext heads that came with the weights, by name of the pretext task.
+        options: What it was loaded by; None for a network that was wrapped in memory.
     """
 
     spec: Spec
     layout: Layout
     encoder: nn.Module
     pretext_heads: Mapping[str, Mapping[str, Tensor]]
+    options: BackboneOptions | None
     mean: Tensor
     std: Tensor
 
@@ -131,6 +134,7 @@ class Backbone(nn.Module, ABC):
         self.spec = spec
         self.layout = layout
         self.pretext_heads = {}
+        self.options = None
         self.register_buffer("mean", torch.tensor(spec.mean).view(-1, *[1] * spec.dims), persistent=False)
         self.register_buffer("std", torch.tensor(spec.std).view(-1, *[1] * spec.dims), persistent=False)
         self._source_names = tuple(encoder.state_dict())

@@ -130,10 +130,8 @@ def show_stage(name: str, stage: dict[str, Any]) -> None:
     if stage.get("best"):
         text += f", best at step {stage['best']['step']}"
     if "feature_drift" in stage:
-        text += (
-            f"\n          pretext loss {stage['pretext_loss_on']:.4f} with the tuner, "
-            f"{stage['pretext_loss_off']:.4f} without; feature drift {stage['feature_drift']:.3f}"
-        )
+        on, off = stage["pretext_loss_on"], stage["pretext_loss_off"]
+        text += f"\n          pretext loss {on:.4f} with tuner, {off:.4f} without; drift {stage['feature_drift']:.3f}"
     console.print(f"[bold]{name:9}[/bold] {text}")
 
 

@@ -31,6 +31,9 @@ class Task(nn.Module, ABC):
 
     Options: ClassVar[type[MethodOptions]]
     summary: ClassVar[str]
+    options: MethodOptions
+    classes: tuple[str, ...]
+    multilabel: bool
 
     @abstractmethod
     def __init__(

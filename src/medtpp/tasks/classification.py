@@ -33,6 +33,7 @@ class Classification(Task):
     """Pooled tokens, LayerNorm, linear. Softmax over classes; a sigmoid for each with several labels."""
 
     Options: ClassVar[type[MethodOptions]] = ClassificationOptions
+    options: ClassificationOptions
     summary: ClassVar[str] = "one label per image, or several: pooled tokens, LayerNorm, linear"
 
     def __init__(

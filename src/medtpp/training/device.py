@@ -12,8 +12,6 @@ from lightning.fabric import Fabric
 from medtpp.config import HardwareOptions, LoggingOptions
 from medtpp.errors import ConfigError
 
-_FABRIC = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
-
 
 def choose_accelerator(wanted: str) -> str:
     """The accelerator: the one asked for, or CUDA, Apple's MPS, the CPU, in this order.
@@ -47,6 +45,11 @@ def choose_precision(wanted: str, accelerator: str) -> tuple[str, str]:
     return ("bf16", f"the CPU has {flag}") if flag else ("32", "the CPU has no bfloat16 instructions")
 
 
+def mixed(precision: str) -> Any:
+    """Fabric's name for a precision: weights stay in float32."""
+    return {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}[precision]
+
+
 def _cpu_flags() -> frozenset[str]:
     cpuinfo = Path("/proc/cpuinfo")
     if platform.system() != "Linux" or not cpuinfo.is_file():
@@ -69,7 +72,7 @@ def make_fabric(hardware: HardwareOptions, logging: LoggingOptions, folder: Path
         accelerator=accelerator,
         devices=hardware.devices,
         strategy="ddp_spawn" if hardware.devices > 1 else "auto",
-        precision=_FABRIC[precision],
+        precision=mixed(precision),
         loggers=_loggers(logging, folder) if folder else [],
     )
 

@@ -10,7 +10,7 @@ from lightning.fabric import Fabric
 from torch import Tensor, nn
 
 from medtpp import backbones, tuners
-from medtpp.adapter import Adapter, AdapterCard, TaskCard, load_adapter, make_task, save_adapter
+from medtpp.adapter import Adapter, TaskCard, load_adapter, make_task, new_card, save_adapter
 from medtpp.backbones import Backbone
 from medtpp.config import TUNERS, Experiment, FinetuneOptions
 from medtpp.data.augment import Augmenter
@@ -26,7 +26,6 @@ from medtpp.training.device import make_fabric
 from medtpp.training.loop import Group, fit
 from medtpp.training.resume import finish
 from medtpp.training.stage import StageData, StageResult, launch, number, resolve_stage, schedule_of, to_unit
-from medtpp.training.tpp import backbone_card
 
 
 @dataclass(frozen=True)
@@ -155,14 +154,8 @@ def _begin(inputs: FinetuneInputs, seeds: Seeds) -> Adapter:
     wanted = experiment.tuner.model_dump(mode="json")
     if inputs.start is None:
         backbone = backbones.load(experiment.backbone, image_size=inputs.preprocessing.image_size)
-        card = AdapterCard(
-            backbone=backbone_card(experiment, backbone, inputs.preprocessing),
-            tuner=wanted,
-            preprocessing=inputs.preprocessing,
-            modality=experiment.data.modality,
-            seed=experiment.seed,
-        )
-        return Adapter(card, tuners.attach(backbone, experiment.tuner, seed=seeds), None)
+        tuned = tuners.attach(backbone, experiment.tuner, seed=seeds)
+        return Adapter(new_card(tuned, inputs.preprocessing, experiment.data.modality, experiment.seed), tuned, None)
     adapter = load_adapter(inputs.start)
     made = {
         "tuner": (adapter.card.tuner, wanted),

@@ -63,8 +63,8 @@ class StageData:
 
 
 def to_unit(images: Tensor) -> Tensor:
-    """uint8 levels to float32 in [0, 1]."""
-    return images.float() / 255
+    """uint8 levels to float32 in [0, 1]; floats stay as they are."""
+    return images.float() / 255 if images.dtype == torch.uint8 else images.float()
 
 
 @dataclass
@@ -100,9 +100,9 @@ class StageResult:
 
 
 class PretextModule(nn.Module):
-    """What the loop trains in pretext stages: images (B, C, *spatial) uint8 to the pretext loss."""
+    """What the loop trains in pretext stages: images (B, C, *spatial) to the pretext loss."""
 
-    def __init__(self, backbone: Backbone, pretext: Pretext, augmenter: Augmenter) -> None:
+    def __init__(self, backbone: Backbone, pretext: Pretext, augmenter: Augmenter | None = None) -> None:
         super().__init__()
         self.backbone = backbone
         self.pretext = pretext
@@ -112,7 +112,9 @@ class PretextModule(nn.Module):
         """The loss, and values to log."""
         draws = Draws(visits)
         with torch.autocast(images.device.type, enabled=False):
-            images = self.augmenter(to_unit(images), draws, geometric_only=True)
+            images = to_unit(images)
+            if self.augmenter is not None:
+                images = self.augmenter(images, draws, geometric_only=True)
         return self.pretext.loss(self.backbone, images, draws)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from medtpp import backbones, tuners
-from medtpp.adapter import AdapterCard, BackboneCard, TPPCard, save_adapter
+from medtpp.adapter import TPPCard, new_card, save_adapter
 from medtpp.config import PRETEXTS, TUNERS, Experiment, TPPOptions
 from medtpp.data.augment import Augmenter
 from medtpp.data.fingerprints import Fingerprints
@@ -88,25 +88,19 @@ def _train(fabric: Fabric, inputs: TPPInputs, folder: Path) -> StageResult:
     figures = {"head_warmup": float(head_warmup), **effect(fabric, tuned, pretext, images, seeds)}
     result = StageResult(schedule.steps, batch_size, rate, record, figures)
     if fabric.global_rank == 0:
-        card = AdapterCard(
-            backbone=backbone_card(experiment, backbone, inputs.preprocessing),
-            tuner=experiment.tuner.model_dump(mode="json"),
-            preprocessing=inputs.preprocessing,
-            modality=experiment.data.modality,
+        tpp = TPPCard(
+            pretext=experiment.pretext.model_dump(mode="json"),
+            steps=schedule.steps,
+            head_warmup=head_warmup,
+            batch_size=batch_size,
+            learning_rate=rate,
             seed=experiment.seed,
-            tpp=TPPCard(
-                pretext=experiment.pretext.model_dump(mode="json"),
-                steps=schedule.steps,
-                head_warmup=head_warmup,
-                batch_size=batch_size,
-                learning_rate=rate,
-                seed=experiment.seed,
-                images=len(data),
-                transductive=options.transductive,
-                fingerprints=inputs.fingerprints,
-            ),
+            images=len(data),
+            transductive=options.transductive,
+            fingerprints=inputs.fingerprints,
         )
-        save_adapter(folder / "adapter", tuned, card)
+        card = new_card(tuned, inputs.preprocessing, experiment.data.modality, experiment.seed)
+        save_adapter(folder / "adapter", tuned, card.model_copy(update={"tpp": tpp}))
         finish(folder)
         write_json(folder / MARKER, result.summary())
     return result
@@ -142,17 +136,6 @@ def make_pretext(experiment: Experiment, backbone: backbones.Backbone, seeds: Se
     pretext: Pretext = method(options, backbone.spec, seeds)
     state = backbone.pretext_heads.get(options.name)
     return pretext, state is not None and pretext.load_head(state)
-
-
-def backbone_card(experiment: Experiment, backbone: backbones.Backbone, preprocessing: Preprocessing) -> BackboneCard:
-    """Which backbone an adapter belongs to."""
-    spec = backbone.spec
-    return BackboneCard(
-        options=experiment.backbone,
-        architecture=spec.architecture,
-        image_size=preprocessing.image_size,
-        sha256=spec.sha256,
-    )
 
 
 def warm_up_head(

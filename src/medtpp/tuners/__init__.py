@@ -18,4 +18,6 @@ def attach(backbone: Backbone, tuner: str | MethodOptions = "lora", *, seed: int
     """
     options = TUNERS.get(tuner).Options() if isinstance(tuner, str) else tuner
     method: Tuner[MethodOptions] = TUNERS.get(options.name)(options)
-    return method.attach(backbone, seed if isinstance(seed, Seeds) else Seeds(seed))
+    tuned = method.attach(backbone, seed if isinstance(seed, Seeds) else Seeds(seed))
+    tuned.tuner = options
+    return tuned

@@ -26,9 +26,11 @@ class TunedBackbone(Backbone):
     Attributes:
         source: The backbone it tunes. It is changed in place; `source_state()` still gives its own weights.
         targets: The target parameters, by their name among `named_parameters()`. They alone require gradients.
+        tuner: Options of the tuner that attached it.
     """
 
     targets: dict[str, nn.Parameter]
+    tuner: MethodOptions
 
     def __init__(self, source: Backbone) -> None:
         nn.Module.__init__(self)
@@ -36,6 +38,7 @@ class TunedBackbone(Backbone):
         self.spec = source.spec
         self.layout = source.layout
         self.pretext_heads = source.pretext_heads
+        self.options = source.options
         self.targets = {}
 
     @property

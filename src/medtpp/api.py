@@ -1,0 +1,389 @@
+"""The library in a few calls, for people with a training script of their own.
+
+`tpp` takes any model with a backbone that medtpp knows and pre-trains, in place, exactly the parameters that require
+gradients. `finetune`, `save` and `predict` complete it for backbones loaded with medtpp.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.fabric import Fabric
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from medtpp import backbones
+from medtpp.adapter import Adapter, TaskCard, TPPCard, new_card, save_adapter
+from medtpp.backbones import Backbone
+from medtpp.config import PRETEXTS, TASKS, TUNERS, AugmentOptions, FinetuneOptions, Modality, TPPOptions
+from medtpp.data.augment import Augmenter
+from medtpp.data.batches import Batch
+from medtpp.data.fingerprints import Fingerprints
+from medtpp.data.preprocess import Preprocessing
+from medtpp.errors import ConfigError
+from medtpp.evaluation import Predictions
+from medtpp.inference.predict import image_cases, predict_files
+from medtpp.pretext.base import Pretext
+from medtpp.seeds import Seeds
+from medtpp.tasks.base import Task
+from medtpp.training.device import choose_precision, mixed
+from medtpp.training.finetune import SupervisedModule
+from medtpp.training.loop import Group, fit
+from medtpp.training.stage import PretextModule, number, resolve_stage, schedule_of
+from medtpp.training.tpp import warm_up_head
+from medtpp.tuners import TunedBackbone
+
+Images = Tensor | Dataset[Any] | DataLoader[Any]
+
+
+@dataclass(frozen=True)
+class TPPRecord:
+    """What `tpp` did.
+
+    Attributes:
+        trained: Names of the parameters that were pre-trained.
+        untouched: Names of parameters that require gradients but that the pretext task cannot reach, such as a
+            classification head; they are as they were.
+        losses: The pretext loss at the logged steps.
+        steps: Optimiser steps.
+        seconds: Of training.
+        card: For the adapter folder.
+    """
+
+    trained: tuple[str, ...]
+    untouched: tuple[str, ...]
+    losses: tuple[float, ...]
+    steps: int
+    seconds: float
+    card: TPPCard
+
+
+def tpp(
+    model: nn.Module, images: Images, pretext: str = "mae", *, seed: int = 0, precision: str = "auto", **options: Any
+) -> TPPRecord:
+    """Pre-train, in place, exactly the parameters of a model that require gradients, by a self-supervised task.
+
+    Modes, `requires_grad`, gradients, device and the global random state are afterwards as they were, after an
+    exception too.
+
+    Args:
+        model: A model with a backbone that medtpp knows, such as `peft.get_peft_model(timm_vit, LoraConfig(...))`,
+            or what `medtpp.attach` gave.
+        images: A tensor (N, C, H, W), a Dataset or a DataLoader; items and batches may be tuples or dicts, of which
+            the first image-like tensor is taken. Floating point, as the model's own forward takes them (normalised);
+            in [0, 1] for a model that `medtpp.attach` gave.
+        pretext: Name of the pretext task.
+        seed: Of all draws.
+        precision: "auto", "32", "bf16" or "16".
+        options: Fields of `TPPOptions`: steps, batch_size, learning_rate, head_warmup, ... A DataLoader brings its own
+            batch size; `learning_rate` is 1e-3 unless the tuner says otherwise.
+
+    Raises:
+        ConfigError: No backbone is known, nothing can be trained, or the images do not fit.
+    """
+    chosen = TPPOptions(**options)
+    seeds = Seeds(seed)
+    wanted = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if not wanted:
+        raise ConfigError("No parameter of the model requires gradients: there are no target parameters to pre-train.")
+    device = next(iter(wanted.values())).device
+    with _restored(model):
+        first = _first_images(images)
+        backbone = model if isinstance(model, Backbone) else backbones.find(model, tuple(first.shape[2:]))
+        _check_range(first, unit=isinstance(model, Backbone))
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in wanted)
+        model.eval()
+        method = PRETEXTS.get(pretext)
+        task: Pretext = method(method.Options(), backbone.spec, seeds)
+        trained_head = pretext in backbone.pretext_heads and task.load_head(backbone.pretext_heads[pretext])
+        module = PretextModule(backbone, task).to(device)
+        reached = _reached(module, wanted, first[:8].to(device), seeds)
+        for name, parameter in wanted.items():
+            parameter.requires_grad_(name in reached)
+        rate = TUNERS.get(model.tuner.name).learning_rate if isinstance(model, TunedBackbone) else 1e-3
+        count = _count(images)
+        chosen = resolve_stage(chosen, passes=40, batch_size=64, cases=count, limits=(200, 2000), learning_rate=rate)
+        fallback = 0 if trained_head else max(200, number(chosen.steps) // 10)
+        warmup = fallback if chosen.head_warmup == "auto" else chosen.head_warmup
+        stream = _Stream(images, None, number(chosen.batch_size), seeds)
+        fabric = _fabric(device, precision)
+        targets = Group(
+            "tuner", {name: wanted[name] for name in reached}, float(chosen.learning_rate), chosen.weight_decay
+        )
+        head = Group("pretext", dict(task.named_parameters()), chosen.head_learning_rate)
+        if warmup:
+            warm_up_head(fabric, module, head, targets, stream, warmup)
+        after_step = model.after_step if isinstance(model, TunedBackbone) else None
+        record = fit(fabric, module, [targets, head], stream, schedule_of(chosen), title="TPP", after_step=after_step)
+    card = TPPCard(
+        pretext=method.Options().model_dump(mode="json"),
+        steps=number(chosen.steps),
+        head_warmup=warmup,
+        batch_size=stream.batch_size,
+        learning_rate=float(chosen.learning_rate),
+        seed=seed,
+        images=count,
+        transductive=False,
+        fingerprints=Fingerprints(),
+    )
+    untouched = tuple(name for name in wanted if name not in reached)
+    losses = tuple(row["loss"] for row in record.rows)
+    return TPPRecord(reached, untouched, losses, card.steps, record.seconds, card)
+
+
+def finetune(
+    model: TunedBackbone,
+    images: Tensor,
+    labels: Sequence[str],
+    *,
+    task: str = "classification",
+    modality: Modality = "unknown",
+    seed: int = 0,
+    precision: str = "auto",
+    **options: Any,
+) -> Task:
+    """Fine-tune a tuned backbone in place with labels; gives the task with its trained head.
+
+    Args:
+        model: What `medtpp.attach` gave, after `tpp` or without.
+        images: (N, C, S, S) floating point in [0, 1].
+        labels: N class names.
+        task: Name of the task.
+        modality: Decides which flips are allowed.
+        seed: Of the head, the order and the augmentation.
+        precision: "auto", "32", "bf16" or "16".
+        options: Fields of `FinetuneOptions`. The weights of the last step are kept: there is no validation set here.
+
+    Raises:
+        ConfigError: Images and labels do not fit together.
+    """
+    if len(images) != len(labels):
+        raise ConfigError(f"There are {len(images)} images and {len(labels)} labels.")
+    _check_range(images, unit=True)
+    seeds = Seeds(seed)
+    classes = tuple(sorted(set(labels)))
+    rate = TUNERS.get(model.tuner.name).learning_rate
+    chosen = resolve_stage(
+        FinetuneOptions(**options), passes=30, batch_size=32, cases=len(images), limits=(200, 2000), learning_rate=rate
+    )
+    device = next(model.parameters()).device
+    method = TASKS.get(task)
+    head: Task = method(method.Options(), model.spec, classes, False, seeds)
+    module = SupervisedModule(model, head.to(device), Augmenter(AugmentOptions(), modality))
+    targets = torch.tensor([classes.index(label) for label in labels])
+    groups = [Group("head", dict(head.named_parameters()), chosen.head_learning_rate, chosen.head_weight_decay)]
+    if model.targets:
+        groups.append(Group("tuner", model.targets, float(chosen.learning_rate), chosen.weight_decay))
+    stream = _Stream(images, targets, number(chosen.batch_size), seeds)
+    with _random_state():
+        fit(
+            _fabric(device, precision),
+            module,
+            groups,
+            stream,
+            schedule_of(chosen),
+            title="fine-tuning",
+            after_step=model.after_step,
+        )
+    return head.eval()
+
+
+def save(
+    folder: str | Path,
+    model: TunedBackbone,
+    task: Task | None = None,
+    *,
+    tpp: TPPRecord | None = None,
+    modality: Modality = "unknown",
+    channels: int = 1,
+) -> Path:
+    """Write an adapter folder that `load_adapter`, `predict` and the command line read.
+
+    Args:
+        folder: Where to.
+        model: Tuned.
+        task: With its head, after `finetune`.
+        tpp: What `tpp` gave, for the record.
+        modality: Of the images.
+        channels: Of the images: 1 or 3.
+    """
+    preprocessing = Preprocessing.model_validate({"image_size": model.spec.image_size[0], "channels": channels})
+    card = new_card(model, preprocessing, modality, seed=0)
+    update: dict[str, Any] = {"tpp": tpp.card if tpp else None}
+    if task is not None:
+        options, classes = task.options.model_dump(mode="json"), task.classes
+        thresholds = dict.fromkeys(classes, 0.5)
+        update["task"] = TaskCard(options=options, classes=classes, multilabel=task.multilabel, thresholds=thresholds)
+    save_adapter(Path(folder), model, card.model_copy(update=update), task)
+    return Path(folder)
+
+
+def predict(adapter: Adapter, images: str | Path | Sequence[str | Path]) -> Predictions:
+    """Probabilities for image files or folders of images, in float32 on the adapter's device.
+
+    Raises:
+        DataError: A file cannot be read.
+    """
+    from medtpp.errors import DataError
+
+    paths = [images] if isinstance(images, str | Path) else list(images)
+    device = next(adapter.backbone.parameters()).device
+    result = predict_files(adapter, image_cases([Path(path) for path in paths]), device=device)
+    if result.unreadable or result.predictions is None:
+        problems = [f"{name}: {reason}" for name, reason in result.unreadable.items()]
+        raise DataError("Some images cannot be read.", problems)
+    return result.predictions
+
+
+class _Stream:
+    """Batches of a tensor, a Dataset or a DataLoader, as often as needed."""
+
+    def __init__(self, images: Images, targets: Tensor | None, batch_size: int, seeds: Seeds) -> None:
+        self.waited = 0.0
+        self.seeds = seeds
+        if isinstance(images, DataLoader):
+            self.loader = images
+        else:
+            data: Any = images if targets is None else TensorDataset(images, targets)  # type: ignore[arg-type]
+            self.loader = DataLoader(
+                data,
+                batch_size,
+                shuffle=True,
+                generator=seeds.generator("order"),
+                drop_last=_count(images) > batch_size,
+            )
+        self.batch_size = self.loader.batch_size or batch_size
+        self.has_targets = targets is not None
+
+    def iterate(self, start: int, stop: int) -> Iterator[Batch]:
+        step = start
+        while step < stop:
+            before = step
+            for item in self.loader:
+                images = find_images(item, 4)
+                targets = item[1] if self.has_targets else None
+                cases = torch.arange(len(images))
+                yield Batch(images, targets, cases, self.seeds.draws(torch.full_like(cases, step), cases))
+                step += 1
+                if step == stop:
+                    return
+            if step == before:
+                raise ConfigError("The DataLoader gives no batches. Is drop_last on with fewer images than a batch?")
+
+
+def find_images(item: Any, dims: int) -> Tensor:
+    """The first floating-point tensor with `dims` dimensions in a tensor, tuple, list or dict.
+
+    Raises:
+        ConfigError: There is none; integers get a hint.
+    """
+    found = [value for value in _tensors(item) if value.ndim == dims]
+    images = next((value for value in found if value.is_floating_point()), None)
+    if images is not None:
+        return images
+    if found:
+        raise ConfigError(
+            f"Images are {found[0].dtype}; floating point is expected, as the model's own forward takes them. Divide "
+            "by 255 and normalise as in training."
+        )
+    shape = "(C, H, W)" if dims == 3 else "(B, C, H, W)"
+    raise ConfigError(f"No image tensor {shape} was found in {type(item).__name__} items.")
+
+
+def _tensors(item: Any) -> Iterator[Tensor]:
+    if isinstance(item, Tensor):
+        yield item
+    elif isinstance(item, Mapping):
+        for value in item.values():
+            yield from _tensors(value)
+    elif isinstance(item, Sequence) and not isinstance(item, str):
+        for value in item:
+            yield from _tensors(value)
+
+
+def _first_images(images: Images) -> Tensor:
+    if isinstance(images, Tensor):
+        return find_images(images[:8], 4)
+    if isinstance(images, DataLoader):
+        return find_images(next(iter(images)), 4)
+    return find_images(images[0], 3)[None]
+
+
+def _count(images: Images) -> int:
+    data: Any = images.dataset if isinstance(images, DataLoader) else images
+    try:
+        return len(data)
+    except TypeError as error:
+        raise ConfigError(
+            "The images have no length (an iterable dataset): give steps and a Dataset with one."
+        ) from error
+
+
+def _check_range(images: Tensor, *, unit: bool) -> None:
+    if not bool(torch.isfinite(images).all()):
+        raise ConfigError("The images hold NaN or infinite values.")
+    low, high = float(images.min()), float(images.max())
+    if unit and not (low >= -0.01 and high <= 1.01):
+        raise ConfigError(
+            f"Images for a medtpp backbone are in [0, 1]; these range from {low:.3g} to {high:.3g}. "
+            "Divide by 255 and do not normalise: the backbone does."
+        )
+
+
+def _reached(
+    module: PretextModule, wanted: Mapping[str, nn.Parameter], images: Tensor, seeds: Seeds
+) -> tuple[str, ...]:
+    """Names of the parameters that the pretext loss depends on."""
+    cases = torch.arange(len(images), device=images.device)
+    loss, _ = module(images, None, seeds.draws(cases * 0, cases).visits)
+    gradients = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True)
+    reached = tuple(name for name, gradient in zip(wanted, gradients, strict=True) if gradient is not None)
+    if not reached:
+        raise ConfigError(
+            "None of the parameters that require gradients takes part in the pretext task. They may sit in a head "
+            "outside the backbone.",
+            list(wanted)[:20],
+        )
+    return reached
+
+
+@contextmanager
+def _restored(model: nn.Module) -> Iterator[None]:
+    """Modes, requires_grad, gradients and random state as they were."""
+    modes = {module: module.training for module in model.modules()}
+    flags = {parameter: (parameter.requires_grad, parameter.grad) for parameter in model.parameters()}
+    with _random_state():
+        try:
+            yield
+        finally:
+            for module, training in modes.items():
+                module.training = training
+            for parameter, (requires_grad, gradient) in flags.items():
+                parameter.requires_grad_(requires_grad)
+                parameter.grad = gradient
+
+
+@contextmanager
+def _random_state() -> Iterator[None]:
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002  (the user's own global state)
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)  # noqa: NPY002
+
+
+def _fabric(device: torch.device, precision: str) -> Fabric:
+    chosen, _ = choose_precision(precision, device.type)
+    return Fabric(
+        accelerator=device.type, devices=[device.index or 0] if device.type == "cuda" else 1, precision=mixed(chosen)
+    )
