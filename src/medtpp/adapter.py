@@ -146,7 +146,7 @@ def read_card(folder: Path) -> AdapterCard:
         raise WeightsError(f"{path} cannot be read by this medtpp ({version('medtpp')}): {error}") from error
 
 
-def load_adapter(folder: Path, *, backbone: str | None = None) -> Adapter:
+def load_adapter(folder: str | Path, *, backbone: str | None = None) -> Adapter:
     """Load a backbone, its tuner and its head, strictly.
 
     Args:
@@ -156,6 +156,7 @@ def load_adapter(folder: Path, *, backbone: str | None = None) -> Adapter:
     Raises:
         WeightsError: A file is missing or broken, a key is missing or unexpected, or the backbone is another one.
     """
+    folder = Path(folder)
     card = read_card(folder)
     options = card.backbone.options
     if backbone is not None:

@@ -33,7 +33,7 @@ from medtpp.inference.predict import image_cases, predict_files
 from medtpp.pretext.base import Pretext
 from medtpp.seeds import Seeds
 from medtpp.tasks.base import Task
-from medtpp.training.device import choose_precision, mixed
+from medtpp.training.device import choose_precision, mixed, quiet_fabric
 from medtpp.training.finetune import SupervisedModule
 from medtpp.training.loop import Group, fit
 from medtpp.training.stage import PretextModule, number, resolve_stage, schedule_of
@@ -384,6 +384,5 @@ def _random_state() -> Iterator[None]:
 
 def _fabric(device: torch.device, precision: str) -> Fabric:
     chosen, _ = choose_precision(precision, device.type)
-    return Fabric(
-        accelerator=device.type, devices=[device.index or 0] if device.type == "cuda" else 1, precision=mixed(chosen)
-    )
+    devices: Any = [device.index or 0] if device.type == "cuda" else 1
+    return quiet_fabric(accelerator=device.type, devices=devices, precision=mixed(chosen))

@@ -15,8 +15,6 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("medtpp").setLevel(logging.INFO)
-    for chatty in ("lightning", "lightning.fabric"):  # they set levels and handlers of their own
-        logging.getLogger(chatty).setLevel(logging.WARNING)
     debug = "--debug" in sys.argv
     if debug:
         sys.argv.remove("--debug")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from medtpp.cli import check, doctor, evaluate, finetune, init, listing, predict, pretrain, run, tpp
+from medtpp.cli import check, doctor, evaluate, finetune, init, listing, phantom, predict, pretrain, run, tpp
 
 app = typer.Typer(
     name="medtpp",
@@ -24,4 +24,5 @@ app.command("evaluate")(evaluate.evaluate)
 app.command("predict")(predict.predict)
 app.command("pretrain")(pretrain.pretrain)
 app.command("list")(listing.list_)
+app.command("phantom")(phantom.phantom)
 app.command("doctor")(doctor.doctor)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import platform
 from pathlib import Path
 from typing import Any
@@ -58,7 +60,7 @@ def _cpu_flags() -> frozenset[str]:
     return frozenset(next(lines, "").split())
 
 
-def make_fabric(hardware: HardwareOptions, logging: LoggingOptions, folder: Path | None = None) -> Fabric:
+def make_fabric(hardware: HardwareOptions, log_to: LoggingOptions, folder: Path | None = None) -> Fabric:
     """A fabric with its loggers writing to `folder`. Several devices start by `ddp_spawn`.
 
     Raises:
@@ -68,13 +70,25 @@ def make_fabric(hardware: HardwareOptions, logging: LoggingOptions, folder: Path
     precision, _ = choose_precision(hardware.precision, accelerator)
     if hardware.threads != "auto":
         torch.set_num_threads(hardware.threads)
-    return Fabric(
+        os.environ["OMP_NUM_THREADS"] = str(hardware.threads)  # what the processes of several devices go by
+    return quiet_fabric(
         accelerator=accelerator,
         devices=hardware.devices,
         strategy="ddp_spawn" if hardware.devices > 1 else "auto",
         precision=mixed(precision),
-        loggers=_loggers(logging, folder) if folder else [],
+        loggers=_loggers(log_to, folder) if folder else [],
     )
+
+
+def quiet_fabric(**arguments: Any) -> Fabric:
+    """A fabric that does not announce its precision; `medtpp doctor` tells it to whoever wants to know."""
+    chatty = logging.getLogger("lightning.fabric")
+    level = chatty.level
+    chatty.setLevel(logging.WARNING)
+    try:
+        return Fabric(**arguments)
+    finally:
+        chatty.setLevel(level)
 
 
 def _loggers(options: LoggingOptions, folder: Path) -> list[Any]:

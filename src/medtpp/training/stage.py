@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -118,12 +120,13 @@ class PretextModule(nn.Module):
         return self.pretext.loss(self.backbone, images, draws)
 
 
-def launch(fabric: Fabric, train: Callable[..., T], *args: Any) -> T:
-    """Run `train(fabric, *args)` on this process, or on one process per device; gives the first one's result."""
+def launch(fabric: Fabric, train: Callable[..., T], inputs: Any, folder: Path) -> T:
+    """Run `train(fabric, inputs, folder)` here, or on one process per device; gives the first one's result."""
     if fabric.strategy.__class__.__name__ == "SingleDeviceStrategy":
         fabric.launch()
-        return train(fabric, *args)
-    result: T = fabric.launch(train, *args)
+        return train(fabric, inputs, folder)
+    # Bound, not passed on: the launcher searches its arguments for modules, and refuses frozen dataclasses.
+    result: T = fabric.launch(functools.partial(train, inputs=inputs, folder=folder))
     return result
 
 

@@ -163,7 +163,10 @@ def _known_fields(root: type[BaseModel], location: Sequence[str | int]) -> list[
 
 
 def write_experiment(path: Path, experiment: Experiment) -> None:
-    """Write an experiment with a comment for each field that has a description."""
+    """Write an experiment with a comment for each field that has a description, and with absolute paths."""
+    data = experiment.data
+    paths = {"path": data.path.resolve(), "unlabelled": [path.resolve() for path in data.unlabelled]}
+    experiment = experiment.model_copy(update={"data": data.model_copy(update=paths)})
     stream = io.StringIO()
     yaml = YAML(typ="rt")
     yaml.width = 4096

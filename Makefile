@@ -1,0 +1,39 @@
+# Two commands on a fresh machine: `make demo` shows medtpp at work, `make test` checks it.
+PYTHON ?= python3
+BIN := .venv/bin
+DEMO ?= demo
+
+.PHONY: demo test lint types unit slow install clean
+
+.venv/installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@
+
+install: .venv/installed
+
+demo: install
+	rm -rf $(DEMO)
+	$(BIN)/medtpp phantom --out $(DEMO)/data
+	$(BIN)/medtpp check $(DEMO)/data
+	$(BIN)/medtpp run $(DEMO)/data --out $(DEMO)/run --modality xray --set data.labels=100 --set tpp.steps=200 --set finetune.steps=200
+	$(BIN)/medtpp predict $(DEMO)/run/finetune/adapter $(DEMO)/data/images -o $(DEMO)/predictions.csv
+
+test: lint types unit
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+types: install
+	$(BIN)/mypy
+
+unit: install
+	$(BIN)/pytest
+
+slow: install
+	$(BIN)/pytest -m slow
+
+clean:
+	rm -rf .venv $(DEMO)
