@@ -146,12 +146,12 @@ def read_card(folder: Path) -> AdapterCard:
         raise WeightsError(f"{path} cannot be read by this medtpp ({version('medtpp')}): {error}") from error
 
 
-def load_adapter(folder: str | Path, *, backbone: str | None = None) -> Adapter:
+def load_adapter(folder: str | Path, *, backbone: str | BackboneOptions | None = None) -> Adapter:
     """Load a backbone, its tuner and its head, strictly.
 
     Args:
         folder: An adapter folder.
-        backbone: Where the backbone lies now, if it moved; its hash must still be the same.
+        backbone: Where the backbone lies now, if it moved, or all its options; its hash must still be the same.
 
     Raises:
         WeightsError: A file is missing or broken, a key is missing or unexpected, or the backbone is another one.
@@ -159,8 +159,10 @@ def load_adapter(folder: str | Path, *, backbone: str | None = None) -> Adapter:
     folder = Path(folder)
     card = read_card(folder)
     options = card.backbone.options
-    if backbone is not None:
+    if isinstance(backbone, str):
         options = options.model_copy(update={"name": backbone})
+    elif backbone is not None:
+        options = backbone
     try:
         source = backbones.load(options, image_size=card.backbone.image_size)
     except ConfigError as error:
@@ -173,19 +175,23 @@ def load_adapter(folder: str | Path, *, backbone: str | None = None) -> Adapter:
             f"{card.backbone.sha256[:16]}…; {options.name} has {source.spec.sha256[:16]}…. "
             "Use the backbone it was made with."
         )
-    tuner = TUNERS.get(card.tuner["name"]).Options.model_validate(card.tuner)
-    tuned = tuners.attach(source, tuner, seed=card.seed)
+    try:
+        tuner = TUNERS.get(card.tuner["name"]).Options.model_validate(card.tuner)
+        tuned = tuners.attach(source, tuner, seed=card.seed)
+        task = make_task(card.task, tuned, Seeds(card.seed)) if card.task else None
+    except (ValidationError, KeyError) as error:
+        raise WeightsError(f"{folder / CARD} has options that this medtpp does not know: {error}") from error
     try:
         tuned.load_adapter_state(_read_tensors(folder / "adapter_model.safetensors"))
+        if task is not None:
+            state = _read_tensors(folder / "head.safetensors")
+            check_keys(state, task.state_dict())
+            task.load_state_dict(state)
+            task.eval()
     except WeightsError as error:
         raise WeightsError(f"{folder}: {error.message}", error.problems) from error
-    task = make_task(card.task, tuned, Seeds(card.seed)) if card.task else None
-    if task is not None:
-        state = _read_tensors(folder / "head.safetensors")
-        check_keys(state, task.state_dict())
-        task.load_state_dict(state)
-        task.eval()
-    return Adapter(card, tuned, task)
+    found = card.backbone.model_copy(update={"options": options})
+    return Adapter(card.model_copy(update={"backbone": found}), tuned, task)
 
 
 def make_task(card: TaskCard, backbone: backbones.Backbone, seeds: Seeds) -> Task:

@@ -28,6 +28,8 @@ def load(name: str | BackboneOptions, *, weights: str = "pretrained", image_size
         WeightsError: Weights cannot be found, read or matched.
     """
     options = name if isinstance(name, BackboneOptions) else BackboneOptions(name=name, weights=weights)
+    if options.revision and options.weights != "pretrained" and not options.name.startswith(("hf-hub:", "hf_hub:")):
+        raise ConfigError(f"backbone.revision chooses weights of the hub, but backbone.weights is {options.weights}.")
     for family in BACKBONES.values():
         if family.recognises(options.name):
             backbone: Backbone = family.build(options, image_size)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from medtpp.config import BackboneOptions
-from medtpp.errors import DataError
+from medtpp.errors import ConfigError, DataError
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,13 @@ class Features:
         return self.tokens[:, self.prefix :]
 
     def pooled(self, how: str) -> Tensor:
-        """(B, D): the class token for "cls", the mean of the patch tokens for "mean"."""
+        """(B, D): the class token for "cls", the mean of the patch tokens for "mean".
+
+        Raises:
+            ConfigError: The backbone has no class token.
+        """
+        if how == "cls" and not self.prefix:
+            raise ConfigError("The backbone has no class token. Use mean pooling.")
         return self.tokens[:, 0] if how == "cls" else self.patches.mean(dim=1)
 
 
@@ -157,7 +163,7 @@ class Backbone(nn.Module, ABC):
             keep: (B, K) indices of the visible patches; the others are dropped before the blocks.
             mask: (B, N) true where a patch is replaced by `mask_token`.
             mask_token: (D,), zeros by default.
-            taps: Blocks whose output is wanted as a feature map; needs all patches.
+            taps: Blocks whose output is wanted as a feature map, in the order of the blocks; needs all patches.
         """
 
     def forward(self, images: Tensor) -> Features:

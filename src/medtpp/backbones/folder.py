@@ -19,7 +19,7 @@ from torch import Tensor
 
 from medtpp.backbones.base import Backbone, hash_state
 from medtpp.backbones.checkpoints import load_strict
-from medtpp.backbones.timm_vit import create_network, resample, wrap_vit
+from medtpp.backbones.timm_vit import create_network, objective_of, resample, wrap_vit
 from medtpp.config import BACKBONES, BackboneOptions
 from medtpp.data.fingerprints import Fingerprints
 from medtpp.errors import WeightsError
@@ -66,9 +66,17 @@ class FolderFamily:
                 f"{options.name} brings its own weights: leave backbone.weights at pretrained or random."
             )
         sha256 = hash_state(encoder.state_dict())
-        encoder.pretrained_cfg = {"mean": card["mean"], "std": card["std"], "tag": card["objective"]}
+        encoder.pretrained_cfg = {"mean": card["mean"], "std": card["std"]}
         resample(encoder, image_size, options.patch_size)
-        backbone = wrap_vit(encoder, options.name, card["architecture"], str(folder.resolve()), sha256)
+        backbone = wrap_vit(
+            encoder,
+            options.name,
+            card["architecture"],
+            str(folder.resolve()),
+            sha256,
+            family="folder",
+            objective=objective_of(card["objective"]) if options.weights == "pretrained" else "unknown",
+        )
         if options.weights == "pretrained":
             backbone.pretext_heads = {
                 path.stem.removeprefix("pretext_"): {key: value.float() for key, value in _read(path).items()}

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import timm
 import torch
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from timm.layers import PatchEmbed
 from timm.models.eva import Eva
 from timm.models.eva import checkpoint_filter_fn as convert_eva
 from timm.models.vision_transformer import VisionTransformer
@@ -23,6 +27,9 @@ from medtpp.errors import ConfigError, WeightsError
 from medtpp.seeds import Seeds
 
 log = logging.getLogger(__name__)
+
+_HUB = ("hf-hub:", "hf_hub:")
+_PLAIN = ("timm.models.vision_transformer", "timm.models.deit", "timm.models.eva")
 
 
 class TimmViT(Backbone):
@@ -41,11 +48,13 @@ class TimmViT(Backbone):
         """See `Backbone.encode`."""
         if taps and keep is not None:
             raise ConfigError("Feature maps need all patches: taps and keep exclude each other.")
+        if not all(0 <= tap < self.spec.depth for tap in taps):
+            raise ConfigError(f"There are blocks 0 to {self.spec.depth - 1}; maps were asked of {list(taps)}.")
         prefix, grid = self.spec.prefix, self.spec.grid
         x = self.encoder.patch_embed(self.normalise(images))  # (B, N, D), or (B, *grid, D) at dynamic image sizes
         if mask is not None:
             token = x.new_zeros(x.shape[-1]) if mask_token is None else mask_token.to(x.dtype)
-            x = torch.where(mask.view(*x.shape[:-1], 1), token, x)
+            x = torch.where(mask.reshape(*x.shape[:-1], 1), token, x)
         x = self.encoder._pos_embed(x)  # (B, P + N, D)
         x, rope = x if isinstance(x, tuple) else (x, None)
         if keep is not None:
@@ -77,48 +86,60 @@ class TimmViTFamily:
 
     @staticmethod
     def recognises(name: str) -> bool:
-        """Whether the name is a timm model of a supported class, with or without `timm/`, or a hub repository."""
-        if name.startswith(("hf-hub:", "hf_hub:")):
-            return True
-        plain = name.removeprefix("timm/").split(".")[0]
-        if not timm.is_model(plain):
-            return False
-        return timm.models.model_entrypoint(plain).__module__ in (
-            "timm.models.vision_transformer",
-            "timm.models.deit",
-            "timm.models.eva",
-        )
+        """Whether the name is a timm model (`build` tells whether it fits), with or without `timm/`, or on the hub."""
+        return name.startswith(_HUB) or _module(name.removeprefix("timm/")) != ""
 
     @staticmethod
     def build(options: BackboneOptions, image_size: int | None) -> Backbone:
         """Make the network at its native size, load its weights, then resample positions and patches.
+
+        Weights in a file or in a hub repository decide the native image and patch size, the channels and whether there
+        is a layer scale; each of them must find its place.
 
         Raises:
             ConfigError: The architecture is not a plain ViT, or cannot take this size.
             WeightsError: Weights cannot be downloaded, read or matched.
         """
         name = options.name.removeprefix("timm/")
-        local = options.weights not in ("pretrained", "random")
-        arguments: dict[str, Any] = {"num_classes": 0, "pretrained": False, "dynamic_img_size": False}
-        state: dict[str, Tensor] | None = None
-        if local:
-            state = strip_prefix(read_checkpoint(Path(options.weights)))
-            arguments["img_size"] = _native_size(state)
-        elif options.weights == "pretrained":
+        hub = name.startswith(_HUB)
+        if not hub:
+            _check_name(name)
+        if hub and options.revision:
+            name = f"{name}@{options.revision}"
+        arguments: dict[str, Any] = {"num_classes": 0, "dynamic_img_size": False}
+        state, source, objective = None, f"timm:{name}", objective_of(name)
+        if options.weights == "random":
+            source, objective = "random", "unknown"
+        elif options.weights != "pretrained":
+            source = options.weights
+            state = strip_prefix(read_checkpoint(Path(source).expanduser()))
+            if "decoder_embed.weight" in state:  # MAE; timm would take its mask token for DINOv2's or EVA's
+                objective = "pixels"
+                state.pop("mask_token", None)
+        elif hub:
+            source = name
+            with _readable(name):
+                state = strip_prefix(timm.models.load_state_dict_from_hf(name.partition(":")[2]))
+        else:
             arguments["pretrained"] = True
             if options.revision:
-                cfg = timm.models.get_pretrained_cfg(name)
-                repository = cfg.hf_hub_id if cfg and cfg.hf_hub_id else name
-                arguments["pretrained_cfg_overlay"] = {"hf_hub_id": f"{repository}@{options.revision}"}
-        encoder = create_network(name, {key: value for key, value in arguments.items() if value is not None})
+                source = f"{source}@{options.revision}"
+                arguments["pretrained_cfg_overlay"] = {"hf_hub_id": _repository(name, options.revision)}
+        encoder = _check_plain(create_network(name, arguments | _shape(state or {})), name)
         if state is not None:
-            convert = convert_eva if isinstance(encoder, Eva) else convert_vit
-            report = load_strict(encoder, convert(state, encoder), options.weights)
-            log.info("%s: %s", options.weights, report)
+            adapted = convert_eva(state, encoder) if isinstance(encoder, Eva) else convert_vit(state, encoder, True)
+            log.info("%s: %s", source, load_strict(encoder, adapted, source))
+        if options.weights == "pretrained":
+            objective = objective_of(f"{name}.{encoder.pretrained_cfg.get('tag')}")
+        elif state is not None and not hub and "." not in name:
+            log.warning(
+                "%s has no tag, so images are normalised as by timm's default for it, mean %s and std %s. Name a tag "
+                "whose normalisation the file shares, such as vit_large_patch16_224.mae.",
+                *(name, encoder.pretrained_cfg.get("mean"), encoder.pretrained_cfg.get("std")),
+            )
         sha256 = hash_state(encoder.state_dict())
         resample(encoder, image_size, options.patch_size)
-        source = options.weights if local else f"timm:{name}" + (f"@{options.revision}" if options.revision else "")
-        return wrap_vit(encoder, options.name, name, source, sha256)
+        return wrap_vit(encoder, options.name, name, source, sha256, objective=objective)
 
     @staticmethod
     def around(network: nn.Module, image_size: tuple[int, ...]) -> Backbone | None:
@@ -126,7 +147,12 @@ class TimmViTFamily:
         if not isinstance(network, VisionTransformer | Eva):
             return None
         name = type(network).__name__
-        backbone = wrap_vit(network, name, name, "in memory", "", image_size if network.dynamic_img_size else None)
+        size = image_size if network.dynamic_img_size else None
+        backbone = wrap_vit(network, name, name, "in memory", "", image_size=size)
+        if any(side % patch for side, patch in zip(backbone.spec.image_size, backbone.spec.patch, strict=True)):
+            raise ConfigError(f"Images of {image_size} pixels are not made of whole patches of {backbone.spec.patch}.")
+        channels = backbone.spec.channels
+        backbone.spec = replace(backbone.spec, mean=(0.0,) * channels, std=(1.0,) * channels)
         backbone.mean.zero_()
         backbone.std.fill_(1.0)
         return backbone
@@ -138,6 +164,9 @@ def wrap_vit(
     architecture: str,
     source: str,
     sha256: str,
+    *,
+    family: str = "timm_vit",
+    objective: str = "unknown",
     image_size: tuple[int, ...] | None = None,
 ) -> TimmViT:
     """A timm network as a backbone, with its specification read off it.
@@ -145,21 +174,19 @@ def wrap_vit(
     Raises:
         ConfigError: The network is not a plain ViT with a square grid of tokens.
     """
-    if not isinstance(encoder, VisionTransformer | Eva):
-        raise ConfigError(f"{architecture} is a {type(encoder).__name__}, not a plain vision transformer.")
-    if getattr(encoder, "rope_mixed", False):
-        raise ConfigError(f"{architecture} learns rotary positions per layer, which cannot follow dropped tokens.")
-    for block in encoder.blocks:
+    vit = _check_plain(encoder, architecture)
+    for block in vit.blocks:
         # Eva adds the query and value biases inside F.linear on the bare weight, which would pass LoRA by.
         if getattr(block.attn, "qkv_bias_separate", None) is False:
             block.attn.qkv_bias_separate = True
-    cfg: dict[str, Any] = encoder.pretrained_cfg
-    patch = tuple(encoder.patch_embed.patch_size)
-    size = image_size or tuple(n * p for n, p in zip(encoder.patch_embed.grid_size, patch, strict=True))
-    channels = encoder.patch_embed.proj.in_channels
+    # A network that was made by its class, not by timm's factory, has no configuration.
+    cfg: dict[str, Any] = getattr(vit, "pretrained_cfg", None) or {}
+    patch = tuple(vit.patch_embed.patch_size)
+    size = image_size or tuple(n * p for n, p in zip(vit.patch_embed.grid_size, patch, strict=True))
+    channels = vit.patch_embed.proj.in_channels
     spec = Spec(
         name=name,
-        family="timm_vit",
+        family=family,
         architecture=architecture,
         dims=2,
         channels=channels,
@@ -167,16 +194,16 @@ def wrap_vit(
         std=_per_channel(cfg.get("std", (0.5,)), channels),
         image_size=size,
         patch=patch,
-        width=encoder.embed_dim,
-        depth=len(encoder.blocks),
-        prefix=encoder.num_prefix_tokens,
-        pooling=_pooling(encoder, cfg),
-        objective=_objective(f"{architecture}.{cfg.get('tag', '')}"),
+        width=vit.embed_dim,
+        depth=len(vit.blocks),
+        prefix=vit.num_prefix_tokens,
+        pooling="mean" if objective == "pixels" or vit.cls_token is None or vit.global_pool == "avg" else "cls",
+        objective=objective,
         capabilities=frozenset({"drops_tokens", "dense", "inflates_3d"}),
         source=source,
         sha256=sha256,
     )
-    return TimmViT(encoder, spec, vit_layout(encoder))
+    return TimmViT(vit, spec, vit_layout(vit))
 
 
 def vit_layout(encoder: Any) -> Layout:
@@ -217,29 +244,92 @@ def resample(encoder: Any, image_size: int | None, patch_size: int | None) -> No
 
 def create_network(name: str, arguments: dict[str, Any]) -> nn.Module:
     """`timm.create_model`, with errors that a user can read."""
-    try:
-        with Seeds(0).scope("backbone", name):  # random weights are the same on every load
-            network: nn.Module = timm.create_model(name, **arguments)
-    except (OSError, ConnectionError) as error:
-        raise WeightsError(
-            f"The weights of {name} could not be downloaded ({type(error).__name__}). Without a network, give a local "
-            "file: --set backbone.weights=FILE."
-        ) from error
-    except (RuntimeError, ValueError, TypeError) as error:
-        raise ConfigError(f"timm cannot make {name}: {error}") from error
+    with _readable(name), Seeds(0).scope("backbone", name):  # random weights are the same on every load
+        network: nn.Module = timm.create_model(name, **arguments)
     return network
 
 
-def _native_size(state: dict[str, Tensor]) -> int | None:
-    """The image size a state was trained at, from its positions; None to let the architecture decide."""
-    positions, patches = state.get("pos_embed"), state.get("patch_embed.proj.weight")
-    if positions is None or patches is None:
-        return None
-    for prefix in (0, 1, 2, 5):  # no class token in the positions, class, class and distillation, class and registers
-        side = math.isqrt(positions.shape[1] - prefix)
-        if side * side == positions.shape[1] - prefix and side > 1:
-            return side * int(patches.shape[-1])
-    return None
+@contextmanager
+def _readable(name: str) -> Iterator[None]:
+    """Turn the errors of timm and of the hub into ones that say what to do."""
+    local = "Without a network, give a local file: --set backbone.weights=FILE."
+    try:
+        yield
+    except GatedRepoError as error:
+        raise WeightsError(
+            f"{name} asks for a licence to be accepted: do so on its page at huggingface.co, then run `hf auth login`."
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise WeightsError(f"There is no hub repository {name}, or it is private (`hf auth login`).") from error
+    except OSError as error:
+        raise WeightsError(
+            f"The weights of {name} could not be downloaded ({type(error).__name__}). {local}"
+        ) from error
+    except KeyError as error:
+        raise ConfigError(f"{name} is no timm model: its config.json has no {error}.") from error
+    except (RuntimeError, ValueError, TypeError, AssertionError) as error:
+        raise ConfigError(f"timm cannot make {name}: {error}") from error
+
+
+def _module(name: str) -> str:
+    """The timm module that defines a model; empty for names that timm does not know, or knows as old ones."""
+    plain = name.split(".")[0]
+    module = timm.models.model_entrypoint(plain).__module__ if timm.is_model(plain) else ""
+    return "" if module == "timm.models._registry" else module
+
+
+def _check_name(name: str) -> None:
+    """Raise ConfigError for a timm model of another kind or an unknown tag, before anything is downloaded."""
+    if (module := _module(name)).startswith("timm.") and module not in _PLAIN:
+        raise ConfigError(
+            f"{name} is a timm model of another kind ({module.rpartition('.')[2]}), not a plain vision transformer. "
+            "See `medtpp list backbones`."
+        )
+    try:
+        timm.models.get_pretrained_cfg(name)
+    except RuntimeError as error:
+        known = timm.list_pretrained(f"{name.split('.')[0]}.*")
+        raise ConfigError(f"timm has no weights {name}. It has: {', '.join(known)}.") from error
+
+
+def _check_plain(encoder: nn.Module, architecture: str) -> Any:
+    """The network, if it runs as patch embedding, positions, then blocks of one attention and one MLP each.
+
+    Raises:
+        ConfigError: It does not.
+    """
+    vit: Any = encoder
+    if not isinstance(encoder, VisionTransformer | Eva) or not isinstance(vit.patch_embed, PatchEmbed):
+        raise ConfigError(f"{architecture} is a {type(encoder).__name__}, not a plain vision transformer.")
+    if getattr(vit, "rope_mixed", False):
+        raise ConfigError(f"{architecture} learns rotary positions per layer, which cannot follow dropped tokens.")
+    if not all(hasattr(block, "attn") and hasattr(block, "mlp") for block in vit.blocks):
+        raise ConfigError(f"{architecture} runs attention and MLP side by side, where tuners find no layers of theirs.")
+    return vit
+
+
+def _repository(name: str, revision: str) -> str:
+    """The hub repository of a timm name at a revision."""
+    cfg = timm.models.get_pretrained_cfg(name)
+    if cfg is None or not cfg.hf_hub_id:
+        raise ConfigError(f"The weights of {name} are not on the hub, so there is no revision of them.")
+    return f"{cfg.hf_hub_id}@{revision}"
+
+
+def _shape(state: dict[str, Tensor]) -> dict[str, Any]:
+    """What a state tells of the network it was trained in; other things come from the architecture's name."""
+    patches, positions = state.get("patch_embed.proj.weight"), state.get("pos_embed")
+    if patches is None or patches.ndim != 4:
+        return {}
+    shape: dict[str, Any] = {"in_chans": patches.shape[1], "patch_size": patches.shape[-1]}
+    if "blocks.0.ls1.gamma" in state:
+        shape["init_values"] = 1e-5
+    if positions is not None:
+        for prefix in (0, 1, 2, 5):  # none in the positions, class, class and distillation, class and registers
+            side = math.isqrt(positions.shape[1] - prefix)
+            if side * side == positions.shape[1] - prefix and side > 1:
+                return shape | {"img_size": side * patches.shape[-1]}
+    return shape
 
 
 def _per_channel(values: Sequence[float], channels: int) -> tuple[float, ...]:
@@ -248,16 +338,11 @@ def _per_channel(values: Sequence[float], channels: int) -> tuple[float, ...]:
     return (sum(values) / len(values),) * channels
 
 
-def _objective(tag: str) -> str:
+def objective_of(tag: str) -> str:
+    """What a network was pre-trained for, by its name and tag."""
     tag = tag.lower()
     if "mae" in tag:
         return "pixels"
-    if "dino" in tag or "moco" in tag or "ijepa" in tag:
+    if any(word in tag for word in ("dino", "moco", "jepa")):
         return "features"
     return "supervised" if any(word in tag for word in ("in1k", "in21k", "in22k")) else "unknown"
-
-
-def _pooling(encoder: Any, cfg: dict[str, Any]) -> str:
-    if _objective(str(cfg.get("tag", ""))) == "pixels" or not encoder.num_prefix_tokens:
-        return "mean"
-    return "mean" if encoder.global_pool == "avg" else "cls"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     from medtpp.config import Experiment
@@ -64,11 +65,10 @@ def decoding() -> Iterator[Progress]:
 
 
 def show_problems(problems: Sequence[Problem]) -> None:
-    """Errors and warnings, each on its own paragraph."""
+    """Errors and warnings, a paragraph each."""
     for problem in problems:
         style = "bold red" if problem.severity == "error" else "yellow"
-        console.print(f"{problem.severity}:", style=style, end=" ")
-        console.print(problem.message, markup=False)
+        console.print(Text.assemble((f"{problem.severity}:", style), " ", problem.message))
 
 
 def show_summary(summary: DatasetSummary, title: str) -> None:

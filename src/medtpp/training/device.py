@@ -47,6 +47,14 @@ def choose_precision(wanted: str, accelerator: str) -> tuple[str, str]:
     return ("bf16", f"the CPU has {flag}") if flag else ("32", "the CPU has no bfloat16 instructions")
 
 
+def close_loggers(fabric: Fabric, status: str) -> None:
+    """End the runs of all loggers, so that the next stage begins runs of its own."""
+    for logger in fabric.loggers:
+        logger.finalize(status)
+        if type(logger).__name__ == "WandbLogger":
+            logger.experiment.finish()
+
+
 def mixed(precision: str) -> Any:
     """Fabric's name for a precision: weights stay in float32."""
     return {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}[precision]
@@ -101,9 +109,8 @@ def _loggers(options: LoggingOptions, folder: Path) -> list[Any]:
         if options.mlflow:
             from lightning.pytorch.loggers import MLFlowLogger
 
-            loggers.append(
-                MLFlowLogger(experiment_name="medtpp", run_name=folder.name, tracking_uri=f"file:{folder}/mlruns")
-            )
+            uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{folder.resolve()}/mlflow.db"
+            loggers.append(MLFlowLogger(experiment_name="medtpp", run_name=folder.name, tracking_uri=uri))
         if options.wandb:
             from lightning.pytorch.loggers import WandbLogger
 

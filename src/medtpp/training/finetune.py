@@ -10,7 +10,7 @@ from lightning.fabric import Fabric
 from torch import Tensor, nn
 
 from medtpp import backbones, tuners
-from medtpp.adapter import Adapter, TaskCard, load_adapter, make_task, new_card, save_adapter
+from medtpp.adapter import Adapter, TaskCard, load_adapter, make_task, new_card, read_card, save_adapter
 from medtpp.backbones import Backbone
 from medtpp.config import TUNERS, Experiment, FinetuneOptions
 from medtpp.data.augment import Augmenter
@@ -156,8 +156,10 @@ def _begin(inputs: FinetuneInputs, seeds: Seeds) -> Adapter:
         backbone = backbones.load(experiment.backbone, image_size=inputs.preprocessing.image_size)
         tuned = tuners.attach(backbone, experiment.tuner, seed=seeds)
         return Adapter(new_card(tuned, inputs.preprocessing, experiment.data.modality, experiment.seed), tuned, None)
-    adapter = load_adapter(inputs.start)
+    adapter = load_adapter(inputs.start, backbone=experiment.backbone)
+    was_patch = read_card(inputs.start).backbone.options.patch_size
     made = {
+        "backbone.patch_size": (was_patch, experiment.backbone.patch_size),
         "tuner": (adapter.card.tuner, wanted),
         "preprocessing": (adapter.card.preprocessing, inputs.preprocessing),
     }

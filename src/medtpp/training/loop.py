@@ -116,7 +116,8 @@ def fit(
     state = RunState(parameters, wrapped)
     record = Record()
     start = state.resume(folder / RESUME, record, fabric) if folder else 0
-    reached: set[str] = set(parameters) if start else set()
+    reached: set[str] = set()
+    taken = 2 if start else 0  # of the first two steps, after which every parameter must have had a gradient
     micro = schedule.accumulate
     began, seen, waited_before = time.perf_counter(), 0, stream.waited
     every = max(1, schedule.steps // 200)
@@ -126,17 +127,19 @@ def fit(
             for group, options in zip(groups, wrapped.param_groups, strict=True):
                 options["lr"] = group.learning_rate * schedule.factor(step)
             loss, logs, micro = _backward(fabric, model, wrapped, batch, micro)
-            if step < start + 2 and not start:
-                reached |= {name for name, p in parameters.items() if p.grad is not None and bool(p.grad.any())}
             norm = (
                 fabric.clip_gradients(module, wrapped, max_norm=schedule.clip, error_if_nonfinite=False)
                 if schedule.clip
                 else None
             )
+            # A gradient scaler (16 bits) leaves out steps whose gradient overflows: they do not count.
+            if taken < 2 and (norm is None or bool(norm.isfinite())):
+                taken += 1
+                reached |= {name for name, p in parameters.items() if p.grad is not None and bool(p.grad.any())}
+                if taken == 2:
+                    _check_reached(parameters, reached)
             wrapped.step()
             wrapped.zero_grad()
-            if step == min(1, schedule.steps - 1):
-                _check_reached(parameters, reached, step)
             if after_step:
                 after_step(step + 1, schedule.steps)
             seen += len(batch) * fabric.world_size
@@ -222,9 +225,9 @@ def _finite(fabric: Fabric, loss: Tensor, step: int) -> float:
     return value
 
 
-def _check_reached(parameters: dict[str, nn.Parameter], reached: set[str], step: int) -> None:
-    unreached = sorted(name for name, p in parameters.items() if name not in reached)
-    if step >= 1 and unreached:
+def _check_reached(parameters: dict[str, nn.Parameter], reached: set[str]) -> None:
+    unreached = sorted(parameters.keys() - reached)
+    if unreached:
         raise MedtppError(
             "Some parameters that should be trained get no gradient. The tuner does not reach them in this backbone.",
             unreached[:20],

@@ -85,20 +85,23 @@ class RunState:
             return 0
         try:
             saved = torch.load(path, map_location=fabric.device, weights_only=True)
-            if saved["parameters"].keys() != self.parameters.keys():
-                raise WeightsError(f"{path} is of another experiment. Start anew with --overwrite.")
-        except (OSError, RuntimeError, EOFError, KeyError, ValueError) as error:
+            step, parameters, optimizer, best = (saved[key] for key in ("step", "parameters", "optimizer", "best"))
+            rows, best_score = saved["record"]["rows"], saved["record"]["best"]
+            shapes = {name: value.shape for name, value in parameters.items()}
+        except Exception as error:  # torch raises whatever the broken bytes lead to
             raise WeightsError(
                 f"{path} cannot be read ({type(error).__name__}). Delete it to begin this stage anew."
             ) from error
+        if shapes != {name: parameter.shape for name, parameter in self.parameters.items()}:
+            raise WeightsError(f"{path} is of another experiment. Start anew with --overwrite.")
         with torch.no_grad():
             for name, parameter in self.parameters.items():
-                parameter.copy_(saved["parameters"][name])
-        self.optimizer.load_state_dict(saved["optimizer"])
-        self.best = saved["best"]
-        record.rows = list(saved["record"]["rows"])
-        record.best = saved["record"]["best"]
-        return int(saved["step"])
+                parameter.copy_(parameters[name])
+        self.optimizer.load_state_dict(optimizer)
+        self.best = best
+        record.rows = list(rows)
+        record.best = best_score
+        return int(step)
 
 
 def finish(folder: Path) -> None:

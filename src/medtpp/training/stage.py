@@ -22,6 +22,7 @@ from medtpp.data.cache import ImageCache
 from medtpp.data.case import Case
 from medtpp.pretext.base import Pretext
 from medtpp.seeds import Draws, Seeds, name_key
+from medtpp.training.device import close_loggers
 from medtpp.training.loop import Schedule
 from medtpp.training.resume import Record
 
@@ -122,12 +123,18 @@ class PretextModule(nn.Module):
 
 def launch(fabric: Fabric, train: Callable[..., T], inputs: Any, folder: Path) -> T:
     """Run `train(fabric, inputs, folder)` here, or on one process per device; gives the first one's result."""
-    if fabric.strategy.__class__.__name__ == "SingleDeviceStrategy":
-        fabric.launch()
-        return train(fabric, inputs, folder)
-    # Bound, not passed on: the launcher searches its arguments for modules, and refuses frozen dataclasses.
-    result: T = fabric.launch(functools.partial(train, inputs=inputs, folder=folder))
-    return result
+    if fabric.strategy.__class__.__name__ != "SingleDeviceStrategy":
+        # Bound, not passed on: the launcher searches its arguments for modules, and refuses frozen dataclasses.
+        result: T = fabric.launch(functools.partial(train, inputs=inputs, folder=folder))
+        return result
+    fabric.launch()
+    try:
+        done = train(fabric, inputs, folder)
+    except BaseException:
+        close_loggers(fabric, "failed")
+        raise
+    close_loggers(fabric, "success")
+    return done
 
 
 def resolve_stage(

@@ -54,11 +54,7 @@ def run_tpp(inputs: TPPInputs, folder: Path) -> StageResult:
         ConfigError: The tuner has no target parameters, or the backbone lacks what the pretext task needs.
     """
     experiment = inputs.experiment
-    if not TUNERS.get(experiment.tuner.name).has_targets:
-        raise ConfigError(
-            f"The tuner {experiment.tuner.name} has no target parameters, so there is nothing to pre-train. "
-            "Use --set tpp.enabled=false, or another tuner."
-        )
+    require_targets(experiment)
     return launch(make_fabric(experiment.hardware, experiment.logging, folder), _train, inputs, folder)
 
 
@@ -120,6 +116,15 @@ def resolve_tpp(experiment: Experiment, images: int, *, trained_head: bool) -> T
         return options
     # A new head would move the target parameters at random before it knows its task.
     return options.model_copy(update={"head_warmup": 0 if trained_head else max(200, number(options.steps) // 10)})
+
+
+def require_targets(experiment: Experiment) -> None:
+    """Raise ConfigError if the tuner has nothing that TPP could train."""
+    if not TUNERS.get(experiment.tuner.name).has_targets:
+        raise ConfigError(
+            f"The tuner {experiment.tuner.name} has no target parameters, so there is nothing to pre-train. "
+            "Use --set tpp.enabled=false, or another tuner."
+        )
 
 
 def make_pretext(experiment: Experiment, backbone: backbones.Backbone, seeds: Seeds) -> tuple[Pretext, bool]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from medtpp import backbones
-from medtpp.config import TUNERS, Experiment
+from medtpp.config import Experiment
 from medtpp.data.augment import resolve as resolve_augment
 from medtpp.data.cache import ImageCache, build
 from medtpp.data.case import Case, Dataset, ImageRecord, Problem
@@ -17,11 +17,10 @@ from medtpp.data.fingerprints import Fingerprints
 from medtpp.data.preprocess import Preprocessing
 from medtpp.data.read import read_dataset, read_unlabelled
 from medtpp.data.split import draw_labels, make_split, read_split, split_problems, tpp_cases, write_split
-from medtpp.errors import ConfigError
 from medtpp.seeds import Seeds
 from medtpp.training.finetune import resolve_finetune
 from medtpp.training.stage import StageData
-from medtpp.training.tpp import make_pretext, resolve_tpp
+from medtpp.training.tpp import make_pretext, require_targets, resolve_tpp
 
 Progress = Callable[[int, int], None]
 
@@ -70,7 +69,8 @@ def prepare(experiment: Experiment, *, split_file: Path | None = None, progress:
 
     Args:
         experiment: As written by the user.
-        split_file: Where the split is kept: read if it exists, written otherwise.
+        split_file: Where the whole split is kept: read if it exists, written otherwise. A draw of `data.labels` is
+            made anew from it, by name.
         progress: Called with images decoded so far and in all.
 
     Raises:
@@ -87,17 +87,16 @@ def prepare(experiment: Experiment, *, split_file: Path | None = None, progress:
     problems = check(dataset, records)
     raise_errors(dataset, problems)
 
+    data = experiment.data
     if split_file is not None and split_file.is_file():
-        split = read_split(split_file, dataset)
-        whole = split
+        whole = read_split(split_file, dataset)
     else:
-        data = experiment.data
         whole = make_split(
             dataset, records, seeds=seeds, val_fraction=data.val_fraction, test_fraction=data.test_fraction
         )
-        split = whole if data.labels == "all" else draw_labels(dataset, whole, data.labels, seeds)
         if split_file is not None:
-            write_split(split_file, dataset, split)
+            write_split(split_file, dataset, whole)
+    split = whole if data.labels == "all" else draw_labels(dataset, whole, data.labels, seeds)
     seen, excluded = tpp_cases(dataset, records, whole, unlabelled)
     if experiment.tpp.transductive:
         seen += [case for case in dataset.cases if whole.get(case.id) in ("val", "test")]
@@ -140,11 +139,7 @@ def _resolve(
     )
     tpp = experiment.tpp
     if tpp.enabled:
-        if not TUNERS.get(experiment.tuner.name).has_targets:
-            raise ConfigError(
-                f"The tuner {experiment.tuner.name} has no target parameters, so TPP has nothing to train. "
-                "Use --set tpp.enabled=false, or another tuner."
-            )
+        require_targets(experiment)
         _, trained_head = make_pretext(experiment, backbone, Seeds(experiment.seed))
         tpp = resolve_tpp(experiment, seen, trained_head=trained_head)
     finetune = resolve_finetune(experiment, train)
