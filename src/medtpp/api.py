@@ -11,24 +11,25 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from lightning.fabric import Fabric
+from pydantic import ValidationError
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from medtpp import backbones
 from medtpp.adapter import Adapter, TaskCard, TPPCard, new_card, save_adapter
+from medtpp.api_data import Images, UserStream, check_range, count, first_images
 from medtpp.backbones import Backbone
-from medtpp.config import PRETEXTS, TASKS, TUNERS, AugmentOptions, FinetuneOptions, Modality, TPPOptions
+from medtpp.config import PRETEXTS, TASKS, TUNERS, AugmentOptions, FinetuneOptions, Modality, StageOptions, TPPOptions
 from medtpp.data.augment import Augmenter
-from medtpp.data.batches import Batch
 from medtpp.data.fingerprints import Fingerprints
 from medtpp.data.preprocess import Preprocessing
-from medtpp.errors import ConfigError
+from medtpp.errors import ConfigError, DataError
 from medtpp.evaluation import Predictions
+from medtpp.files import prepare_folder
 from medtpp.inference.predict import image_cases, predict_files
 from medtpp.pretext.base import Pretext
 from medtpp.seeds import Seeds
@@ -40,7 +41,7 @@ from medtpp.training.stage import PretextModule, number, resolve_stage, schedule
 from medtpp.training.tpp import warm_up_head
 from medtpp.tuners import TunedBackbone
 
-Images = Tensor | Dataset[Any] | DataLoader[Any]
+O = TypeVar("O", bound=StageOptions)  # noqa: E741  (options)
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,8 @@ def tpp(
 ) -> TPPRecord:
     """Pre-train, in place, exactly the parameters of a model that require gradients, by a self-supervised task.
 
-    Modes, `requires_grad`, gradients, device and the global random state are afterwards as they were, after an
-    exception too.
+    Modes, `requires_grad`, gradients and the global random state are afterwards as they were. After an exception the
+    parameters are so, too.
 
     Args:
         model: A model with a backbone that medtpp knows, such as `peft.get_peft_model(timm_vit, LoraConfig(...))`,
@@ -86,22 +87,27 @@ def tpp(
             batch size; `learning_rate` is 1e-3 unless the tuner says otherwise.
 
     Raises:
-        ConfigError: No backbone is known, nothing can be trained, or the images do not fit.
+        ConfigError: No backbone is known, nothing can be trained, or the images or options do not fit.
+        DataError: The images are of another size than the model's.
     """
-    chosen = TPPOptions(**options)
+    chosen = _options(TPPOptions, options)
+    method = PRETEXTS.get(pretext)
     seeds = Seeds(seed)
     wanted = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not wanted:
         raise ConfigError("No parameter of the model requires gradients: there are no target parameters to pre-train.")
     device = next(iter(wanted.values())).device
-    with _restored(model):
-        first = _first_images(images)
+    with _restored(model, wanted, seeds):
+        number_of_images = count(images)
+        first = first_images(images)
         backbone = model if isinstance(model, Backbone) else backbones.find(model, tuple(first.shape[2:]))
-        _check_range(first, unit=isinstance(model, Backbone))
+        check_range(images if isinstance(images, Tensor) else first, unit=isinstance(model, Backbone))
+        if method.needs - backbone.spec.capabilities:
+            lacking = ", ".join(sorted(method.needs - backbone.spec.capabilities))
+            raise ConfigError(f"The pretext task {pretext} needs a backbone that {lacking}.")
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in wanted)
         model.eval()
-        method = PRETEXTS.get(pretext)
         task: Pretext = method(method.Options(), backbone.spec, seeds)
         trained_head = pretext in backbone.pretext_heads and task.load_head(backbone.pretext_heads[pretext])
         module = PretextModule(backbone, task).to(device)
@@ -109,11 +115,12 @@ def tpp(
         for name, parameter in wanted.items():
             parameter.requires_grad_(name in reached)
         rate = TUNERS.get(model.tuner.name).learning_rate if isinstance(model, TunedBackbone) else 1e-3
-        count = _count(images)
-        chosen = resolve_stage(chosen, passes=40, batch_size=64, cases=count, limits=(200, 2000), learning_rate=rate)
+        chosen = resolve_stage(
+            chosen, passes=40, batch_size=64, cases=number_of_images, limits=(200, 2000), learning_rate=rate
+        )
         fallback = 0 if trained_head else max(200, number(chosen.steps) // 10)
         warmup = fallback if chosen.head_warmup == "auto" else chosen.head_warmup
-        stream = _Stream(images, None, number(chosen.batch_size), seeds)
+        stream = UserStream(images, None, number(chosen.batch_size), seeds)
         fabric = _fabric(device, precision)
         targets = Group(
             "tuner", {name: wanted[name] for name in reached}, float(chosen.learning_rate), chosen.weight_decay
@@ -130,7 +137,7 @@ def tpp(
         batch_size=stream.batch_size,
         learning_rate=float(chosen.learning_rate),
         seed=seed,
-        images=count,
+        images=number_of_images,
         transductive=False,
         fingerprints=Fingerprints(),
     )
@@ -165,14 +172,23 @@ def finetune(
     Raises:
         ConfigError: Images and labels do not fit together.
     """
+    if not isinstance(model, TunedBackbone):
+        raise ConfigError(f"medtpp.finetune takes what medtpp.attach gave, not a {type(model).__name__}.")
     if len(images) != len(labels):
         raise ConfigError(f"There are {len(images)} images and {len(labels)} labels.")
-    _check_range(images, unit=True)
-    seeds = Seeds(seed)
     classes = tuple(sorted(set(labels)))
+    if len(classes) < 2:
+        raise ConfigError(f"At least two classes are needed; the labels hold {', '.join(classes) or 'none'}.")
+    check_range(images, unit=True)
+    seeds = Seeds(seed)
     rate = TUNERS.get(model.tuner.name).learning_rate
     chosen = resolve_stage(
-        FinetuneOptions(**options), passes=30, batch_size=32, cases=len(images), limits=(200, 2000), learning_rate=rate
+        _options(FinetuneOptions, options),
+        passes=30,
+        batch_size=32,
+        cases=len(images),
+        limits=(200, 2000),
+        learning_rate=rate,
     )
     device = next(model.parameters()).device
     method = TASKS.get(task)
@@ -182,8 +198,8 @@ def finetune(
     groups = [Group("head", dict(head.named_parameters()), chosen.head_learning_rate, chosen.head_weight_decay)]
     if model.targets:
         groups.append(Group("tuner", model.targets, float(chosen.learning_rate), chosen.weight_decay))
-    stream = _Stream(images, targets, number(chosen.batch_size), seeds)
-    with _random_state():
+    stream = UserStream(images, targets, number(chosen.batch_size), seeds)
+    with _random_state(seeds):
         fit(
             _fabric(device, precision),
             module,
@@ -204,6 +220,7 @@ def save(
     tpp: TPPRecord | None = None,
     modality: Modality = "unknown",
     channels: int = 1,
+    overwrite: bool = False,
 ) -> Path:
     """Write an adapter folder that `load_adapter`, `predict` and the command line read.
 
@@ -214,6 +231,11 @@ def save(
         tpp: What `tpp` gave, for the record.
         modality: Of the images.
         channels: Of the images: 1 or 3.
+        overwrite: Replace what the folder holds.
+
+    Raises:
+        OutputError: The folder is not empty, or cannot be written.
+        WeightsError: The backbone was wrapped in memory, so nobody else could load it.
     """
     preprocessing = Preprocessing.model_validate({"image_size": model.spec.image_size[0], "channels": channels})
     card = new_card(model, preprocessing, modality, seed=0)
@@ -222,6 +244,7 @@ def save(
         options, classes = task.options.model_dump(mode="json"), task.classes
         thresholds = dict.fromkeys(classes, 0.5)
         update["task"] = TaskCard(options=options, classes=classes, multilabel=task.multilabel, thresholds=thresholds)
+    prepare_folder(Path(folder), overwrite=overwrite)
     save_adapter(Path(folder), model, card.model_copy(update=update), task)
     return Path(folder)
 
@@ -232,8 +255,6 @@ def predict(adapter: Adapter, images: str | Path | Sequence[str | Path]) -> Pred
     Raises:
         DataError: A file cannot be read.
     """
-    from medtpp.errors import DataError
-
     paths = [images] if isinstance(images, str | Path) else list(images)
     device = next(adapter.backbone.parameters()).device
     result = predict_files(adapter, image_cases([Path(path) for path in paths]), device=device)
@@ -241,101 +262,6 @@ def predict(adapter: Adapter, images: str | Path | Sequence[str | Path]) -> Pred
         problems = [f"{name}: {reason}" for name, reason in result.unreadable.items()]
         raise DataError("Some images cannot be read.", problems)
     return result.predictions
-
-
-class _Stream:
-    """Batches of a tensor, a Dataset or a DataLoader, as often as needed."""
-
-    def __init__(self, images: Images, targets: Tensor | None, batch_size: int, seeds: Seeds) -> None:
-        self.waited = 0.0
-        self.seeds = seeds
-        if isinstance(images, DataLoader):
-            self.loader = images
-        else:
-            data: Any = images if targets is None else TensorDataset(images, targets)  # type: ignore[arg-type]
-            self.loader = DataLoader(
-                data,
-                batch_size,
-                shuffle=True,
-                generator=seeds.generator("order"),
-                drop_last=_count(images) > batch_size,
-            )
-        self.batch_size = self.loader.batch_size or batch_size
-        self.has_targets = targets is not None
-
-    def iterate(self, start: int, stop: int) -> Iterator[Batch]:
-        step = start
-        while step < stop:
-            before = step
-            for item in self.loader:
-                images = find_images(item, 4)
-                targets = item[1] if self.has_targets else None
-                cases = torch.arange(len(images))
-                yield Batch(images, targets, cases, self.seeds.draws(torch.full_like(cases, step), cases))
-                step += 1
-                if step == stop:
-                    return
-            if step == before:
-                raise ConfigError("The DataLoader gives no batches. Is drop_last on with fewer images than a batch?")
-
-
-def find_images(item: Any, dims: int) -> Tensor:
-    """The first floating-point tensor with `dims` dimensions in a tensor, tuple, list or dict.
-
-    Raises:
-        ConfigError: There is none; integers get a hint.
-    """
-    found = [value for value in _tensors(item) if value.ndim == dims]
-    images = next((value for value in found if value.is_floating_point()), None)
-    if images is not None:
-        return images
-    if found:
-        raise ConfigError(
-            f"Images are {found[0].dtype}; floating point is expected, as the model's own forward takes them. Divide "
-            "by 255 and normalise as in training."
-        )
-    shape = "(C, H, W)" if dims == 3 else "(B, C, H, W)"
-    raise ConfigError(f"No image tensor {shape} was found in {type(item).__name__} items.")
-
-
-def _tensors(item: Any) -> Iterator[Tensor]:
-    if isinstance(item, Tensor):
-        yield item
-    elif isinstance(item, Mapping):
-        for value in item.values():
-            yield from _tensors(value)
-    elif isinstance(item, Sequence) and not isinstance(item, str):
-        for value in item:
-            yield from _tensors(value)
-
-
-def _first_images(images: Images) -> Tensor:
-    if isinstance(images, Tensor):
-        return find_images(images[:8], 4)
-    if isinstance(images, DataLoader):
-        return find_images(next(iter(images)), 4)
-    return find_images(images[0], 3)[None]
-
-
-def _count(images: Images) -> int:
-    data: Any = images.dataset if isinstance(images, DataLoader) else images
-    try:
-        return len(data)
-    except TypeError as error:
-        raise ConfigError(
-            "The images have no length (an iterable dataset): give steps and a Dataset with one."
-        ) from error
-
-
-def _check_range(images: Tensor, *, unit: bool) -> None:
-    if not bool(torch.isfinite(images).all()):
-        raise ConfigError("The images hold NaN or infinite values.")
-    low, high = float(images.min()), float(images.max())
-    if unit and not (low >= -0.01 and high <= 1.01):
-        raise ConfigError(
-            f"Images for a medtpp backbone are in [0, 1]; these range from {low:.3g} to {high:.3g}. "
-            "Divide by 255 and do not normalise: the backbone does."
-        )
 
 
 def _reached(
@@ -355,14 +281,31 @@ def _reached(
     return reached
 
 
+def _options(kind: type[O], values: Mapping[str, Any]) -> O:
+    try:
+        return kind(**values)
+    except ValidationError as error:
+        found = {(str(item["loc"][0]), item["msg"]) for item in error.errors()}
+        problems = [f"{name}: {message[0].lower()}{message[1:]}" for name, message in sorted(found)]
+        raise ConfigError(
+            f"There are mistakes in the options; known are {', '.join(kind.model_fields)}:", problems
+        ) from error
+
+
 @contextmanager
-def _restored(model: nn.Module) -> Iterator[None]:
-    """Modes, requires_grad, gradients and random state as they were."""
+def _restored(model: nn.Module, wanted: Mapping[str, nn.Parameter], seeds: Seeds) -> Iterator[None]:
+    """Modes, requires_grad, gradients and random state as they were; after an exception the wanted parameters, too."""
     modes = {module: module.training for module in model.modules()}
     flags = {parameter: (parameter.requires_grad, parameter.grad) for parameter in model.parameters()}
-    with _random_state():
+    values = {name: parameter.detach().clone() for name, parameter in wanted.items()}
+    with _random_state(seeds):
         try:
             yield
+        except BaseException:
+            with torch.no_grad():
+                for name, parameter in wanted.items():
+                    parameter.copy_(values[name])
+            raise
         finally:
             for module, training in modes.items():
                 module.training = training
@@ -372,9 +315,13 @@ def _restored(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _random_state() -> Iterator[None]:
+def _random_state(seeds: Seeds) -> Iterator[None]:
+    """Inside, the global generators, from which a user's loader and augmentation draw, start from the seed."""
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002  (the user's own global state)
     with torch.random.fork_rng():
+        random.seed(seeds.number("python"))
+        np.random.seed(seeds.number("numpy") % 2**32)  # noqa: NPY002
+        torch.manual_seed(seeds.number("torch"))
         try:
             yield
         finally:

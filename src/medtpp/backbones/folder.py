@@ -49,7 +49,10 @@ class FolderFamily:
             WeightsError: A file is missing, of another schema, or not the one that was written.
         """
         folder = locate(options.name)
-        card = read_json(folder / "backbone.json")
+        try:
+            card = read_json(folder / "backbone.json")
+        except ValueError as error:
+            raise WeightsError(f"{folder / 'backbone.json'} is broken. Make or copy the folder again.") from error
         if card.get("schema") != SCHEMA:
             raise WeightsError(f"{folder} has backbone schema {card.get('schema')}; this medtpp reads {SCHEMA}.")
         arguments = {"num_classes": 0, "img_size": card["image_size"], "in_chans": card["channels"]}

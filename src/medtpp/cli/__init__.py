@@ -29,6 +29,8 @@ def main() -> None:
         console.print("Error:", style="bold red", end=" ")
         console.print(str(error), markup=False)
         sys.exit(2)
-    except KeyboardInterrupt:
-        sys.stderr.write("\nStopped. The same command with --resume goes on from the last checkpoint.\n")
-        sys.exit(130)
+    except OSError as error:
+        if debug:
+            raise
+        sys.stderr.write(f"Error: {error.filename or 'The system says'}: {error.strerror or error}\n")
+        sys.exit(2)

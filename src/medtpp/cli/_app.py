@@ -2,12 +2,31 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import typer
+from typer.core import TyperGroup
 
 from medtpp.cli import check, doctor, evaluate, finetune, init, listing, phantom, predict, pretrain, run, tpp
 
+
+class Verbs(TyperGroup):
+    """The verbs; Ctrl+C ends any of them with what to do next."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run a verb."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            typer.echo(
+                "\nStopped. Training goes on from its last checkpoint with the same command and --resume.", err=True
+            )
+            raise typer.Exit(130) from None
+
+
 app = typer.Typer(
     name="medtpp",
+    cls=Verbs,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -33,6 +34,7 @@ Unlabelled = Annotated[
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on in a folder that holds a killed run.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is in the output folder.")]
+Backbone = Annotated[str | None, typer.Option(help="Where the backbone lies now, if it moved.")]
 Modality = Annotated[
     str | None,
     typer.Option(
@@ -98,12 +100,12 @@ def _counts(counts: dict[str, int]) -> str:
     return ", ".join(f"{name} {count}" for name, count in counts.items()) or "none"
 
 
-def show_split(prepared: Prepared) -> None:
-    """How the cases were divided, what TPP sees, and warnings."""
+def show_split(prepared: Prepared, *, tpp: bool) -> None:
+    """How the cases were divided, with TPP also what it sees, and warnings."""
     sizes = {name: len(prepared.cases(name)) for name in ("train", "val", "test")}
     parts = ", ".join(f"{name} {size}" for name, size in sizes.items())
-    console.print(f"[bold]split[/bold]     {parts}; TPP sees {len(prepared.tpp)} images", markup=True)
-    if prepared.excluded:
+    console.print(f"[bold]split[/bold]     {parts}" + (f"; TPP sees {len(prepared.tpp)} images" if tpp else ""))
+    if tpp and prepared.excluded:
         console.print(
             f"[yellow]note:[/yellow] {len(prepared.excluded)} unlabelled images are left out of TPP: they are "
             "unreadable, or share pixels or a patient with validation or test cases."
@@ -125,7 +127,9 @@ def show_evaluation(evaluation: Evaluation) -> None:
 
 def show_stage(name: str, stage: dict[str, Any]) -> None:
     """One line about a finished stage."""
-    text = f"{stage['steps']} steps of {stage['batch_size']}, {stage['seconds'] / 60:.1f} min, "
+    seconds = stage["seconds"]
+    text = f"{stage['steps']} steps of {stage['batch_size']}, "
+    text += f"{seconds:.0f} s, " if seconds < 100 else f"{seconds / 60:.1f} min, "
     text += f"{stage['images_per_second']:.0f} images/s, loss {stage['last_loss']:.4f}"
     if stage.get("best"):
         text += f", best at step {stage['best']['step']}"
@@ -133,6 +137,13 @@ def show_stage(name: str, stage: dict[str, Any]) -> None:
         on, off = stage["pretext_loss_on"], stage["pretext_loss_off"]
         text += f"\n          pretext loss {on:.4f} with tuner, {off:.4f} without; drift {stage['feature_drift']:.3f}"
     console.print(f"[bold]{name:9}[/bold] {text}")
+
+
+def show_paths(**lines: object) -> None:
+    """What was made and what to do with it; not wrapped, so that it can be copied."""
+    width = max(9, *map(len, lines))
+    for name, line in lines.items():
+        console.print(f"[bold]{name:{width}}[/bold] {escape(str(line))}", soft_wrap=True)
 
 
 def checked(dataset: Dataset, records: dict[str, ImageRecord]) -> list[Problem]:

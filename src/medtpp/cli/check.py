@@ -21,6 +21,7 @@ def check(data: Source, settings: Settings = None) -> None:
         console.print(f"[bold]unlabelled[/bold] {len(read_unlabelled(experiment.data.unlabelled))} more images for TPP")
     found = sum(problem.severity == "error" for problem in problems)
     warnings = len(problems) - found
-    console.print(f"{found} errors, {warnings} warnings." if problems else "No problems found.", style="bold")
+    counts = f"{found} error{'s' * (found != 1)}, {warnings} warning{'s' * (warnings != 1)}."
+    console.print(counts if problems else "No problems found.", style="bold")
     if found:
         raise typer.Exit(2)

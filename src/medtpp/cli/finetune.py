@@ -17,6 +17,7 @@ from medtpp.cli._common import (
     console,
     decoding,
     experiment_from,
+    show_paths,
     show_split,
     show_stage,
 )
@@ -33,12 +34,14 @@ def finetune(
 ) -> None:
     """Fine-tune with labels, from a TPP adapter or from the tuner's own start."""
     experiment = experiment_from(source, settings, modality=modality)
+    tpp = experiment.tpp.model_copy(update={"enabled": adapter is not None})
+    experiment = experiment.model_copy(update={"tpp": tpp})
     from medtpp.files import MARKER, read_json
     from medtpp.workflow.run import finetune_stage, open_run
 
     with decoding() as progress:
-        prepared = open_run(experiment, out, resume=resume, overwrite=overwrite, progress=progress)
-    show_split(prepared)
+        prepared = open_run(experiment, out, adapter=adapter, resume=resume, overwrite=overwrite, progress=progress)
+    show_split(prepared, tpp=False)
     made = finetune_stage(prepared, out / "finetune", console.print, start=adapter)
     show_stage("finetune", read_json(made.parent / MARKER))
-    console.print(f"adapter: {made}", markup=False)
+    show_paths(adapter=made, predict=f"medtpp predict {made} IMAGES -o out.csv")

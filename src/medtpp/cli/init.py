@@ -13,9 +13,9 @@ from medtpp.cli._common import (
     Settings,
     Source,
     Unlabelled,
-    console,
     decoding,
     experiment_from,
+    show_paths,
     show_split,
 )
 from medtpp.errors import OutputError
@@ -38,6 +38,6 @@ def init(
 
     with decoding() as progress:
         prepared = prepare(experiment, progress=progress)
-    show_split(prepared)
+    show_split(prepared, tpp=prepared.experiment.tpp.enabled)
     write_experiment(output, prepared.experiment)
-    console.print(f"Wrote {output}. Run it with: medtpp run {output} --out runs/{output.stem}", markup=False)
+    show_paths(experiment=output, run=f"medtpp run {output} --out runs/{output.stem}")

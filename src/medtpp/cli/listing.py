@@ -26,8 +26,9 @@ def list_(kind: Annotated[Kind, typer.Argument(help="What to list.")]) -> None:
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     if kind is Kind.backbones:
-        for name in ("family", "what", "for example"):
-            table.add_column(name)
+        table.add_column("family")
+        table.add_column("what")
+        table.add_column("for example", no_wrap=True)  # names are there to be copied
         for name, family in BACKBONES.items():
             table.add_row(name, family.summary, "\n".join(family.examples))
     else:
@@ -42,4 +43,4 @@ def list_(kind: Annotated[Kind, typer.Argument(help="What to list.")]) -> None:
 
 
 def _brief(value: object) -> str:
-    return "all" if isinstance(value, tuple) else str(value)
+    return f"[{', '.join(map(str, value))}]" if isinstance(value, tuple) else str(value)

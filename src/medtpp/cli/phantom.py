@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from medtpp.cli._common import Out, Overwrite, console
+from medtpp.cli._common import Out, Overwrite, show_paths
 
 
 def phantom(
@@ -22,4 +22,4 @@ def phantom(
 
     prepare_folder(out, overwrite=overwrite)
     write_folder(out, cases, size, seed)
-    console.print(f"{cases} phantoms: {out}\ntry: medtpp run {out} --out runs/phantom --modality xray", markup=False)
+    show_paths(phantoms=out, use=f"medtpp run {out} --out runs/phantom --modality xray")

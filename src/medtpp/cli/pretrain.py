@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from medtpp.cli._common import Out, Overwrite, Resume, Settings, console, decoding, errors, show_stage
+from medtpp.cli._common import Out, Overwrite, Resume, Settings, decoding, errors, show_paths, show_stage
 
 
 def pretrain(
@@ -33,4 +33,4 @@ def pretrain(
     if unreadable:
         errors.print(f"{unreadable} images could not be read and were left out; see `medtpp check`.")
     show_stage("pretrain", result)
-    console.print(f"backbone: {out}\nuse it:   medtpp run DATA --out runs/x --set backbone.name={out}", markup=False)
+    show_paths(backbone=out, use=f"medtpp run DATA --out FOLDER --set backbone.name={out}")

@@ -14,6 +14,7 @@ from medtpp.cli._common import (
     decoding,
     experiment_from,
     show_evaluation,
+    show_paths,
     show_split,
     show_stage,
 )
@@ -34,11 +35,9 @@ def run(
 
     with decoding() as progress:
         prepared = open_run(experiment, out, resume=resume, overwrite=overwrite, progress=progress)
-    show_split(prepared)
+    show_split(prepared, tpp=prepared.experiment.tpp.enabled)
     result = run_stages(prepared, out, tell=console.print)
     for name, stage in result.stages.items():
         show_stage(name, stage)
     show_evaluation(result.evaluation)
-    console.print(
-        f"adapter: {result.adapter}\npredict: medtpp predict {result.adapter} IMAGES -o out.csv", markup=False
-    )
+    show_paths(adapter=result.adapter, predict=f"medtpp predict {result.adapter} IMAGES -o out.csv")

@@ -13,6 +13,7 @@ from medtpp.cli._common import (
     console,
     decoding,
     experiment_from,
+    show_paths,
     show_split,
     show_stage,
 )
@@ -34,7 +35,7 @@ def tpp(
 
     with decoding() as progress:
         prepared = open_run(experiment, out, resume=resume, overwrite=overwrite, progress=progress)
-    show_split(prepared)
+    show_split(prepared, tpp=True)
     adapter = tpp_stage(prepared, out / "tpp", console.print)
     show_stage("tpp", read_json(adapter.parent / MARKER))
-    console.print(f"adapter: {adapter}", markup=False)
+    show_paths(adapter=adapter, finetune=f"medtpp finetune {out / 'experiment.yaml'} --adapter {adapter} -o FOLDER")

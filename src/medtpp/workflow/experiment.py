@@ -3,22 +3,40 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import io
+import operator
+import reprlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap
-from ruamel.yaml.error import YAMLError
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
-from medtpp.config import Experiment, experiment_schema
+from medtpp.backbones.folder import EMBEDDED
+from medtpp.config import PRETEXTS, TASKS, TUNERS, Experiment, experiment_schema
 from medtpp.errors import ConfigError
 from medtpp.files import write_text
+from medtpp.registry import Registry
 
-_METHODS = ("tuner", "pretext", "task")
+_METHODS: dict[str, Registry[Any]] = {"tuner": TUNERS, "pretext": PRETEXTS, "task": TASKS}
+_KINDS = {  # the first word of pydantic's names of mistakes, in a user's words
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "string": "text",
+    "path": "a path",
+    "list": "a list such as [a, b]",
+    "tuple": "a list such as [a, b]",
+    "dict": "a section with fields of its own",
+    "model": "a section with fields of its own",
+}
 M = TypeVar("M", bound=BaseModel)
+Location = tuple[str | int, ...]
 
 
 def load_experiment(source: Path, settings: Sequence[str] = (), unlabelled: Sequence[Path] = ()) -> Experiment:
@@ -35,9 +53,10 @@ def load_experiment(source: Path, settings: Sequence[str] = (), unlabelled: Sequ
     is_file = source.suffix.lower() in (".yaml", ".yml")
     values = _read_yaml(source) if is_file else CommentedMap({"data": CommentedMap({"path": str(source)})})
     values = apply_settings(values, settings)
-    if unlabelled:
-        data = values.setdefault("data", CommentedMap())
-        data["unlabelled"] = [*data.get("unlabelled", []), *map(str, unlabelled)]
+    for name in [name for name, value in values.items() if value is None]:
+        del values[name]  # a section of which nothing is left but comments
+    if unlabelled and isinstance(values.get("data"), CommentedMap):
+        values["data"]["unlabelled"] = [*(values["data"].get("unlabelled") or []), *map(str, unlabelled)]
     for name in _METHODS:  # `tuner: ssf` is short for `tuner: {name: ssf}`
         if isinstance(values.get(name), str):
             values[name] = CommentedMap({"name": values[name]})
@@ -50,7 +69,7 @@ def load_experiment(source: Path, settings: Sequence[str] = (), unlabelled: Sequ
 
 
 def validate(model: type[M], values: Mapping[str, Any], what: str) -> M:
-    """Check values against a model.
+    """Check values against a model. Where text is meant, a number that YAML read is taken for its digits.
 
     Raises:
         ConfigError: All mistakes, with fields and, where the values come from a file, lines.
@@ -58,44 +77,73 @@ def validate(model: type[M], values: Mapping[str, Any], what: str) -> M:
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        problems = [_describe(model, values, dict(item)) for item in error.errors()]
-        raise ConfigError(f"There are mistakes in {what}:", problems) from error
+        found = error.errors()
+        if _numbers_to_text(values, found):
+            return validate(model, values, what)
+        raise ConfigError(f"There are mistakes in {what}:", _mistakes(model, values, found)) from error
 
 
 def apply_settings(values: Mapping[str, Any], settings: Sequence[str]) -> CommentedMap:
     """Override fields by `field.field=value` texts.
 
     Raises:
-        ConfigError: A text is not of this form.
+        ConfigError: Texts are not of this form; all of them are listed.
     """
     changed = values if isinstance(values, CommentedMap) else CommentedMap(values)
+    problems = []
     for setting in settings:
-        _apply(changed, setting)
+        try:
+            _apply(changed, setting)
+        except ConfigError as error:
+            problems.append(error.message)
+    if problems:
+        raise ConfigError("Some settings cannot be read:", problems)
     return changed
 
 
 def _with_paths(experiment: Experiment, base: Path) -> Experiment:
-    """Paths in a file are relative to it, where they exist there and not here."""
+    """Paths in a file are relative to it, where they exist there and not here; those of a backbone become absolute.
+
+    An adapter names its backbone, and is used from other folders than it was made in.
+    """
 
     def found(path: Path) -> Path:
         path = path.expanduser()
         return base / path if not path.exists() and (base / path).exists() else path
 
-    data = experiment.data
+    data, backbone = experiment.data, experiment.backbone
+    weights = {}
+    folder, file = found(Path(backbone.name)), found(Path(backbone.weights))
+    if (folder / "backbone.json").is_file() and not (EMBEDDED / backbone.name).is_dir():
+        weights["name"] = str(folder.resolve())
+    if backbone.weights not in ("pretrained", "random") and file.is_file():
+        weights["weights"] = str(file.resolve())
     paths = {"path": found(data.path), "unlabelled": [found(path) for path in data.unlabelled]}
-    return experiment.model_copy(update={"data": data.model_copy(update=paths)})
+    return experiment.model_copy(
+        update={"data": data.model_copy(update=paths), "backbone": backbone.model_copy(update=weights)}
+    )
 
 
 def _read_yaml(path: Path) -> CommentedMap:
     if not path.is_file():
         raise ConfigError(f"There is no experiment file {path}. `medtpp init DATA -o {path.name}` writes one.")
     try:
-        values = YAML(typ="rt").load(path.read_text(encoding="utf-8"))
-    except (YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+        values = YAML(typ="rt").load(path.read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not text in UTF-8. Save it as UTF-8.") from error
+    except YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {_yaml_mistake(error)}.") from error
     if not isinstance(values, CommentedMap):
         raise ConfigError(f"{path} holds no experiment: it should begin with a field such as `data:`.")
     return values
+
+
+def _yaml_mistake(error: YAMLError) -> str:
+    if not isinstance(error, MarkedYAMLError) or error.problem_mark is None:
+        return str(error)
+    context = f"{error.context}, " if error.context else ""
+    problem = str(error.problem).split(" with value ")[0]  # of a doubled key, with all that stands under it
+    return f"line {error.problem_mark.line + 1}: {context}{problem}"
 
 
 def _apply(values: CommentedMap, setting: str) -> None:
@@ -104,9 +152,14 @@ def _apply(values: CommentedMap, setting: str) -> None:
     if not equals or not all(keys):
         raise ConfigError(f"--set {setting!r} is not of the form field.field=value, such as tuner.rank=16.")
     try:
-        value = YAML(typ="safe").load(text) if text.strip() else ""
+        # A single mark, such as a separator, is itself; YAML would take | for the beginning of a text.
+        value = text if len(text) == 1 and not text.isalnum() else YAML(typ="safe").load(text) if text.strip() else ""
     except YAMLError as error:
-        raise ConfigError(f"The value of --set {setting!r} cannot be read: {error}") from error
+        reason = error.problem if isinstance(error, MarkedYAMLError) else error
+        raise ConfigError(
+            f"The value of --set {setting!r} is not valid YAML: {reason}. Text with special characters goes in quotes: "
+            f"--set '{name}=\"{text}\"'."
+        ) from error
     node: Any = values
     for key in keys[:-1]:
         child = node.get(key)
@@ -114,51 +167,117 @@ def _apply(values: CommentedMap, setting: str) -> None:
             child = CommentedMap({"name": child})
         if not isinstance(child, CommentedMap):
             child = CommentedMap()
-        node[key] = child
+        _put(node, key, child)
         node = child
     if keys[-1] == "name" and len(keys) == 2 and keys[0] in _METHODS and node.get("name") != value:
         node.clear()  # options of another method would not fit
-    node[keys[-1]] = value
+    _put(node, keys[-1], value)
 
 
-def _describe(model: type[BaseModel], values: Any, error: dict[str, Any]) -> str:
-    """One mistake: where (line and field), what is wrong, and which name may have been meant."""
-    location = [part for index, part in enumerate(error["loc"]) if not (index == 1 and error["loc"][0] in _METHODS)]
-    field = ".".join(map(str, location))
-    line = _line(values, location)
-    where = f"line {line}, {field}" if line is not None else field
-    if error["type"] == "extra_forbidden":
-        known = _known_fields(model, location[:-1])
-        near = difflib.get_close_matches(str(location[-1]), known, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
-        return f"{where}: there is no such field; {hint}"
-    given = "" if error["type"] == "missing" else f" (it is {error['input']!r})"
-    return f"{where}: {error['msg'][0].lower()}{error['msg'][1:]}{given}"
+def _put(node: CommentedMap, key: str, value: Any) -> None:
+    if node.get(key) is not value and isinstance(node.lc.data, dict):
+        node.lc.data.pop(key, None)  # what is set does not stand in a line of the file
+    node[key] = value
 
 
-def _line(values: Any, location: Sequence[str | int]) -> int | None:
-    line = None
+def _numbers_to_text(values: Any, errors: Sequence[ErrorDetails]) -> bool:
+    """Put "32" in the place of 32 where text is expected, in place; whether there was such a place."""
+    changed = False
+    for error in errors:
+        given = error["input"]
+        if type(given) is not int:
+            continue
+        if error["type"] in ("string_type", "path_type") or repr(str(given)) in error.get("ctx", {}).get(
+            "expected", ""
+        ):
+            *above, last = _location(values, error)
+            functools.reduce(operator.getitem, above, values)[last] = str(given)
+            changed = True
+    return changed
+
+
+def _mistakes(model: type[BaseModel], values: Any, errors: Sequence[ErrorDetails]) -> list[str]:
+    """A line for each mistake: where (line and field), what is wrong, and which name may have been meant."""
+    expected: dict[Location, list[str]] = {}  # a union tells what each of its kinds expects
+    given: dict[Location, Any] = {}
+    texts: dict[Location, str] = {}
+    for error in errors:
+        location = _location(values, error)
+        given[location] = error["input"]
+        text = _unknown_name(model, values, location, error)
+        if error["type"] == "missing":
+            text = "is missing"
+        elif not text and error["type"] == "literal_error":
+            expected.setdefault(location, []).append(error["ctx"]["expected"])
+        elif not text and (kind := _KINDS.get(error["type"].split("_")[0])):
+            expected.setdefault(location, []).append(kind)
+        elif not text and error["msg"].startswith("Input should be "):
+            expected.setdefault(location, []).append(error["msg"].removeprefix("Input should be "))
+        elif not text:
+            text = error["msg"][0].lower() + error["msg"][1:]
+        if text:
+            texts[location] = text
+    for location, kinds in expected.items():
+        texts[location] = f"should be {' or '.join(dict.fromkeys(kinds))}, not {reprlib.repr(given[location])}"
+    inside = {location[:-1] for location in texts if isinstance(location[-1], int)}
+    lines = {location: _line(values, location) for location in texts if location not in inside}
+    return [
+        (f"line {line}, " if line else "") + f"{'.'.join(map(str, location))}: {texts[location]}"
+        for location, line in sorted(lines.items(), key=lambda item: item[1])
+    ]
+
+
+def _location(values: Any, error: ErrorDetails) -> Location:
+    """The field of a mistake, without what pydantic adds for the members of unions."""
+    parts = [part for index, part in enumerate(error["loc"]) if not (index == 1 and error["loc"][0] in _METHODS)]
+    for depth, part in enumerate(parts):
+        try:
+            values = values[part]
+        except (KeyError, IndexError, TypeError):
+            return tuple(parts[: depth + (error["type"] == "missing")])
+    return tuple(parts)
+
+
+def _line(values: Any, location: Location) -> int:
+    """The line of a field, or of the section that lacks it; 0 for what no file says."""
+    line = 0
     for part in location:
         try:
             line = values.lc.data[part][0] + 1
             values = values[part]
         except (AttributeError, KeyError, IndexError, TypeError):
-            break
+            return 0 if isinstance(values, Mapping) and part in values else line
     return line
 
 
-def _known_fields(root: type[BaseModel], location: Sequence[str | int]) -> list[str]:
-    model: Any = root
-    for part in location:
-        if part in _METHODS:
-            from medtpp.config import PRETEXTS, TASKS, TUNERS
+def _unknown_name(model: type[BaseModel], values: Any, location: Location, error: ErrorDetails) -> str:
+    """What to say of a field or method that does not exist, "" for another mistake."""
+    registry = _METHODS.get(str(location[0])) if location else None
+    if registry and (error["type"] == "union_tag_invalid" or location[1:] == ("name",)):
+        method = values[location[0]]["name"]
+        try:
+            registry.get(str(method))
+        except ConfigError as unknown:
+            return unknown.message
+    if error["type"] != "extra_forbidden":
+        return ""
+    name = str(location[-1])
+    if registry and len(location) == 2:
+        method = values[location[0]]["name"]
+        owners = [other for other, entry in registry.items() if name in entry.Options.model_fields]
+        if owners:
+            return f"{method} has no such option; {', '.join(owners)} has. Choose it with --set {location[0]}.name=..."
+        known = sorted(registry.get(method).Options.model_fields)
+    else:
+        known = _known_fields(model, location[:-1])
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
+    return f"there is no such field; {hint}"
 
-            registry = {"tuner": TUNERS, "pretext": PRETEXTS, "task": TASKS}[str(part)]
-            return sorted({field for entry in registry.values() for field in entry.Options.model_fields})
-        annotation = model.model_fields[str(part)].annotation if str(part) in model.model_fields else None
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
-            return []
-        model = annotation
+
+def _known_fields(model: Any, location: Location) -> list[str]:
+    for part in location:
+        model = model.model_fields[part].annotation
     return list(model.model_fields)
 
 

@@ -16,7 +16,7 @@ from medtpp.data.decode import probe_colour
 from medtpp.data.fingerprints import Fingerprints
 from medtpp.data.preprocess import Preprocessing
 from medtpp.data.read import read_dataset, read_unlabelled
-from medtpp.data.split import draw_labels, make_split, read_split, split_problems, tpp_cases, write_split
+from medtpp.data.split import draw_labels, make_split, read_split, split_problems, tpp_cases
 from medtpp.seeds import Seeds
 from medtpp.training.finetune import resolve_finetune
 from medtpp.training.stage import StageData
@@ -36,9 +36,11 @@ class Prepared:
         records: What decoding told, by case id.
         preprocessing: How images were prepared.
         split: "train", "val" or "test" by case id, reduced to `data.labels`.
+        whole_split: The same before the reduction.
         tpp: Cases that TPP may see.
         excluded: Ids of unlabelled cases that TPP may not see.
         problems: Warnings to show.
+        backbone_sha256: Hash of the backbone's own weights.
     """
 
     experiment: Experiment
@@ -47,9 +49,11 @@ class Prepared:
     records: dict[str, ImageRecord]
     preprocessing: Preprocessing
     split: dict[str, str]
+    whole_split: dict[str, str]
     tpp: tuple[Case, ...]
     excluded: tuple[str, ...]
     problems: tuple[Problem, ...]
+    backbone_sha256: str
 
     def cases(self, *splits: str) -> tuple[Case, ...]:
         """The labelled cases of some splits."""
@@ -65,12 +69,12 @@ class Prepared:
 
 
 def prepare(experiment: Experiment, *, split_file: Path | None = None, progress: Progress | None = None) -> Prepared:
-    """Read, decode, check and split the data of an experiment.
+    """Read, decode, check and split the data of an experiment. Nothing but the image cache is written.
 
     Args:
         experiment: As written by the user.
-        split_file: Where the whole split is kept: read if it exists, written otherwise. A draw of `data.labels` is
-            made anew from it, by name.
+        split_file: A whole split that was kept, taken in place of a new one if the file exists. A draw of
+            `data.labels` is made anew from it, by name.
         progress: Called with images decoded so far and in all.
 
     Raises:
@@ -94,8 +98,6 @@ def prepare(experiment: Experiment, *, split_file: Path | None = None, progress:
         whole = make_split(
             dataset, records, seeds=seeds, val_fraction=data.val_fraction, test_fraction=data.test_fraction
         )
-        if split_file is not None:
-            write_split(split_file, dataset, whole)
     split = whole if data.labels == "all" else draw_labels(dataset, whole, data.labels, seeds)
     seen, excluded = tpp_cases(dataset, records, whole, unlabelled)
     if experiment.tpp.transductive:
@@ -105,7 +107,17 @@ def prepare(experiment: Experiment, *, split_file: Path | None = None, progress:
     resolved = _resolve(experiment, preprocessing, backbone, train, len(seen))
     warnings = [*problems, *split_problems(dataset, split)]
     return Prepared(
-        resolved, dataset, cache, records, preprocessing, split, tuple(seen), tuple(excluded), tuple(warnings)
+        experiment=resolved,
+        dataset=dataset,
+        cache=cache,
+        records=records,
+        preprocessing=preprocessing,
+        split=split,
+        whole_split=whole,
+        tpp=tuple(seen),
+        excluded=tuple(excluded),
+        problems=tuple(warnings),
+        backbone_sha256=backbone.spec.sha256,
     )
 
 

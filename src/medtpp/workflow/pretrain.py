@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -20,7 +20,7 @@ from medtpp.files import MARKER, prepare_folder, read_json
 from medtpp.training.pretrain import PretrainInputs, PretrainOptions, resolve_pretrain, run_pretrain
 from medtpp.training.stage import StageData
 from medtpp.workflow.experiment import apply_settings, validate
-from medtpp.workflow.steps import step
+from medtpp.workflow.steps import refuse_folder, step
 
 
 class PretrainJob(PretrainOptions):
@@ -29,7 +29,7 @@ class PretrainJob(PretrainOptions):
     images: list[Path]
     modality: Modality = "unknown"
     image_size: int = Field(128, gt=0)
-    channels: int | str = "auto"
+    channels: Literal["auto", 1, 3] = "auto"
     seed: int = Field(0, ge=0)
     description: str = Field("", description="what the images are, for the model card")
     pretext: dict[str, Any] = Field(default_factory=lambda: {"name": "mae"})
@@ -38,8 +38,13 @@ class PretrainJob(PretrainOptions):
     logging: LoggingOptions = LoggingOptions()
 
     def pretext_options(self) -> MethodOptions:
-        """Options of the pretext task."""
-        options: MethodOptions = PRETEXTS.get(self.pretext.get("name", "mae")).Options.model_validate(self.pretext)
+        """Options of the pretext task.
+
+        Raises:
+            ConfigError: There is no such task, or it has no such options.
+        """
+        values = {"name": "mae", **self.pretext}
+        options: MethodOptions = validate(PRETEXTS.get(values["name"]).Options, values, "the settings of pretext")
         return options
 
 
@@ -66,17 +71,22 @@ def pretrain_backbone(
     Raises:
         OutputError: The folder is not empty.
         DataError: No image can be read.
+        ConfigError: The settings of the pretext task are not valid.
     """
     pretext = job.pretext_options()
+    refuse_folder(out, job.images, resume=resume, overwrite=overwrite)
     cases = read_unlabelled(job.images)
-    prepare_folder(out, resume=resume, overwrite=overwrite)
     channels = (3 if probe_colour([case.image for case in cases]) else 1) if job.channels == "auto" else job.channels
     preprocessing = Preprocessing.model_validate({"image_size": job.image_size, "channels": channels})
     cache = build(cases, preprocessing, progress=progress)
     records = {record.case: record for record in cache.records}
     readable = tuple(case for case in cases if records[case.id].error is None)
     if not readable:
-        raise DataError(f"None of the {len(cases)} images can be read.", [str(r.error) for r in cache.records[:5]])
+        raise DataError(
+            f"None of the {len(cases)} images can be read.", [f"{r.case}: {r.error}" for r in cache.records[:5]]
+        )
+    if overwrite:
+        prepare_folder(out, overwrite=True)
     options = resolve_pretrain(
         PretrainOptions.model_validate({name: getattr(job, name) for name in PretrainOptions.model_fields}),
         len(readable),
@@ -92,7 +102,7 @@ def pretrain_backbone(
         augment=augment,
         hardware=job.hardware,
         logging=job.logging,
-        description=job.description or ", ".join(path.name for path in job.images),
+        description=job.description or ", ".join(path.resolve().name for path in job.images),
         seed=job.seed,
     )
     key = {

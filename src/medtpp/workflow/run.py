@@ -10,7 +10,7 @@ OUT/summary.json
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,18 +19,22 @@ import torch
 
 from medtpp.adapter import load_adapter, read_card, refuse_overlap
 from medtpp.backbones.folder import seen_by
-from medtpp.config import Experiment
-from medtpp.errors import LeakageError
+from medtpp.config import TUNERS, Experiment
+from medtpp.data.case import Case
+from medtpp.data.fingerprints import Fingerprints
+from medtpp.data.split import write_split
+from medtpp.errors import ConfigError
 from medtpp.evaluation import Evaluation, evaluate, positive_class, write_predictions
-from medtpp.files import MARKER, prepare_folder, read_json, write_json
+from medtpp.files import MARKER, digest, prepare_folder, read_json, write_json
 from medtpp.inference.predict import as_predictions, predict_rows
 from medtpp.seeds import Seeds
 from medtpp.training.device import choose_accelerator
 from medtpp.training.finetune import FinetuneInputs, run_finetune
 from medtpp.training.tpp import TPPInputs, run_tpp
 from medtpp.workflow.experiment import write_experiment
+from medtpp.workflow.guards import refuse_changes, require_fit, require_head
 from medtpp.workflow.prepare import Prepared, prepare
-from medtpp.workflow.steps import step
+from medtpp.workflow.steps import refuse_folder, step
 
 Tell = Callable[[str], None]
 
@@ -58,25 +62,65 @@ def open_run(
     experiment: Experiment,
     out: Path,
     *,
+    adapter: Path | None = None,
     resume: bool = False,
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Prepared:
     """Make the output folder, prepare the data, keep the split and the resolved experiment there.
 
+    What was in the folder is replaced when all is known to be well, and not before.
+
+    Args:
+        experiment: As written by the user.
+        out: The output folder.
+        adapter: An adapter folder that the run will read.
+        resume: Go on with what the folder holds.
+        overwrite: Replace what the folder holds.
+        progress: Called with images decoded so far and in all.
+
     Raises:
         OutputError: The folder is not empty and neither `resume` nor `overwrite` is given.
-        DataError, ConfigError: As `prepare`.
+        DataError, ConfigError: As `prepare`; or the folder holds a run of another experiment.
         LeakageError: The backbone was pre-trained on test cases.
     """
-    prepare_folder(out, resume=resume, overwrite=overwrite)
-    prepared = prepare(experiment, split_file=out / "split.csv", progress=progress)
-    refuse_overlap(
-        f"The backbone {experiment.backbone.name}",
-        seen_by(experiment.backbone).overlap(prepared.cases("test"), prepared.records),
-    )
+    backbone = experiment.backbone
+    reads = [experiment.data.path, *experiment.data.unlabelled, Path(backbone.name), Path(backbone.weights)]
+    refuse_folder(out, [*reads, *([adapter] if adapter else [])], resume=resume, overwrite=overwrite)
+    kept = None if overwrite else out / "split.csv"
+    prepared = prepare(experiment, split_file=kept, progress=progress)
+    refuse_overlap(f"The backbone {backbone.name}", seen_by(backbone).overlap(prepared.cases("test"), prepared.records))
+    if overwrite:
+        prepare_folder(out, overwrite=True)
+    refuse_changes(out, prepared)
+    write_split(out / "split.csv", prepared.dataset, prepared.whole_split)
     write_experiment(out / "experiment.yaml", prepared.experiment)
     return prepared
+
+
+def as_trained(experiment: Experiment, adapter: Path, *, backbone: str | None = None) -> Experiment:
+    """An experiment with the backbone, tuner and preprocessing of an adapter, to evaluate it on the experiment's data.
+
+    Args:
+        experiment: Its data, seed and hardware stay.
+        adapter: A fine-tuned adapter folder; it is loaded once, so that what is wrong with it is said first.
+        backbone: Where the backbone lies now, if it moved.
+
+    Raises:
+        WeightsError: The adapter cannot be loaded, or has no head.
+    """
+    loaded = load_adapter(adapter, backbone=backbone)
+    card = loaded.card
+    require_head(adapter, card.task)
+    data = experiment.data.model_copy(update=card.preprocessing.model_dump(include={"image_size", "channels", "fit"}))
+    return experiment.model_copy(
+        update={
+            "data": data,
+            "backbone": loaded.backbone.options,
+            "tuner": TUNERS.get(card.tuner["name"]).Options.model_validate(card.tuner),
+            "tpp": experiment.tpp.model_copy(update={"enabled": card.tpp is not None}),
+        }
+    )
 
 
 def run(experiment: Experiment, out: Path, *, resume: bool = False, overwrite: bool = False) -> RunResult:
@@ -99,7 +143,8 @@ def run_stages(prepared: Prepared, out: Path, tell: Tell = lambda _: None) -> Ru
     stages["finetune"] = read_json(out / "finetune" / MARKER)
     evaluation = evaluate_stage(prepared, adapter, out / "evaluation")
     metrics = {name: estimate.value for name, estimate in evaluation.metrics.items()}
-    write_json(out / "summary.json", {"adapter": str(adapter), "stages": stages, "test": metrics})
+    summary = {"adapter": adapter.relative_to(out).as_posix(), "stages": stages, "test": metrics}
+    write_json(out / "summary.json", summary)
     return RunResult(out, adapter, prepared, evaluation, stages)
 
 
@@ -107,7 +152,7 @@ def tpp_stage(prepared: Prepared, folder: Path, tell: Tell) -> Path:
     """Target Parameter Pre-training as a step. Gives its adapter folder."""
     experiment, cases = prepared.experiment, prepared.tpp
     inputs = TPPInputs(experiment, prepared.preprocessing, prepared.data(cases), prepared.fingerprints(cases))
-    key = _key(prepared, "tpp", "pretext") | {"cases": sorted(case.id for case in cases)}
+    key = _key(prepared, "tpp", "pretext") | {"images": _content(prepared, cases)}
     if not step(folder, key, lambda: run_tpp(inputs, folder)):
         tell("TPP was done before.")
     return folder / "adapter"
@@ -118,44 +163,63 @@ def finetune_stage(prepared: Prepared, folder: Path, tell: Tell, *, start: Path 
 
     Raises:
         LeakageError: The adapter to start from saw test cases, and was not made transductively on purpose.
+        ConfigError: It belongs to another backbone than the experiment's.
     """
-    test = prepared.cases("test")
+    train, val, test = (prepared.cases(name) for name in ("train", "val", "test"))
+    trained_on = prepared.fingerprints([*train, *val])
+    card = None
     if start is not None:
         card = read_card(start)
+        if card.backbone.sha256 != prepared.backbone_sha256:
+            raise ConfigError(
+                f"The adapter {start} belongs to the backbone {card.backbone.options.name}, and the experiment names "
+                f"{prepared.experiment.backbone.name} with other weights. "
+                f"Use --set backbone.name={card.backbone.options.name}."
+            )
+        seen = card.trained_on
         if card.tpp is not None and not card.tpp.transductive:
-            refuse_overlap(f"The adapter {start}", card.tpp.fingerprints.overlap(test, prepared.records))
+            seen = _union(seen, card.tpp.fingerprints)
+        refuse_overlap(f"The adapter {start}", seen.overlap(test, prepared.records))
+        trained_on = _union(trained_on, card.trained_on)
     inputs = FinetuneInputs(
         experiment=prepared.experiment,
         preprocessing=prepared.preprocessing,
-        train=prepared.data(prepared.cases("train")),
-        val=prepared.data(prepared.cases("val")),
+        train=prepared.data(train),
+        val=prepared.data(val),
         classes=prepared.dataset.classes,
         multilabel=prepared.dataset.multilabel,
-        fingerprints=prepared.fingerprints(prepared.cases("train", "val")),
+        fingerprints=trained_on,
         start=start,
     )
     key = _key(prepared, "finetune", "task") | {
-        "start": None if start is None else read_card(start).model_dump(mode="json", exclude={"versions"}),
-        "split": prepared.split,
+        "start": None if card is None else card.model_dump(mode="json", exclude={"versions"}),
+        "classes": prepared.dataset.classes,
+        "training cases": _content(prepared, train),
+        "validation cases": _content(prepared, val),
     }
     if not step(folder, key, lambda: run_finetune(inputs, folder)):
         tell("Fine-tuning was done before.")
     return folder / "adapter"
 
 
-def evaluate_stage(prepared: Prepared, adapter: Path, folder: Path) -> Evaluation:
+def evaluate_stage(prepared: Prepared, adapter: Path, folder: Path, *, backbone: str | None = None) -> Evaluation:
     """Predict the test cases in float32 and write predictions.csv and evaluation.json.
 
     Raises:
         LeakageError: The adapter or its backbone was trained on test cases.
+        WeightsError: The adapter cannot be loaded, or has no head.
+        DataError: The data set has other classes, or was prepared otherwise than the adapter's images.
     """
     test = prepared.cases("test")
-    loaded = load_adapter(adapter)
+    loaded = load_adapter(adapter, backbone=backbone)
     card, task = loaded.card, loaded.task
-    if task is None or card.task is None:
-        raise LeakageError(f"The adapter {adapter} has no head: fine-tune it first.")
+    task_card = require_head(adapter, card.task)
+    require_fit(prepared, adapter, card)
     refuse_overlap(f"The adapter {adapter}", card.trained_on.overlap(test, prepared.records))
-    refuse_overlap(f"The backbone of {adapter}", seen_by(card.backbone.options).overlap(test, prepared.records))
+    refuse_overlap(
+        f"The backbone of {adapter}",
+        seen_by(loaded.backbone.options or card.backbone.options).overlap(test, prepared.records),
+    )
     notes = []
     if card.tpp is not None:
         overlap = card.tpp.fingerprints.overlap(test, prepared.records)
@@ -164,18 +228,19 @@ def evaluate_stage(prepared: Prepared, adapter: Path, folder: Path) -> Evaluatio
         elif overlap:
             notes.append(f"Transductive: TPP saw {len(overlap)} of the test images, without their labels.")
     device = torch.device(choose_accelerator(prepared.experiment.hardware.accelerator))
+    assert loaded.task is not None
+    task = loaded.task.to(device)
     loaded.backbone.to(device)
-    task.to(device)
     data = prepared.data(test)
     logits = predict_rows(loaded.backbone, task, data.cache.images, data.rows, device=device)
     predictions = as_predictions(
-        test, "test", task.probabilities(logits), card.task.classes, multilabel=card.task.multilabel
+        test, "test", task.probabilities(logits), task_card.classes, multilabel=task_card.multilabel
     )
     write_predictions(folder / "predictions.csv", predictions)
     evaluation = evaluate(
         predictions,
-        thresholds=card.task.thresholds,
-        positive=positive_class(predictions, card.task.positive),
+        thresholds=task_card.thresholds,
+        positive=positive_class(predictions, task_card.positive),
         seed=Seeds(prepared.experiment.seed).number("bootstrap"),
         notes=notes,
     )
@@ -189,6 +254,19 @@ def _key(prepared: Prepared, *sections: str) -> dict[str, Any]:
     shared = ("seed", "backbone", "tuner", *sections)
     data = {name: values["data"][name] for name in ("modality", "augment", "multilabel")}
     return {name: values[name] for name in shared} | {
+        "weights": prepared.backbone_sha256,
         "data": data,
         "preprocessing": prepared.preprocessing.model_dump(mode="json"),
     }
+
+
+def _content(prepared: Prepared, cases: Iterable[Case]) -> str:
+    """One hash of what some cases are: names, labels, pixels."""
+    return digest(*(f"{case.id}|{case.labels}|{prepared.records[case.id].fingerprint}" for case in cases))
+
+
+def _union(first: Fingerprints, second: Fingerprints) -> Fingerprints:
+    return Fingerprints(
+        images=tuple(sorted({*first.images, *second.images})),
+        patients=tuple(sorted({*first.patients, *second.patients})),
+    )

@@ -3,15 +3,33 @@
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from medtpp.errors import ConfigError
-from medtpp.files import MARKER, digest, read_json, write_json
+from medtpp.errors import ConfigError, OutputError
+from medtpp.files import MARKER, digest, prepare_folder, read_json, write_json
 
 INPUTS = "inputs.json"
+
+
+def refuse_folder(folder: Path, reads: Iterable[Path], *, resume: bool, overwrite: bool) -> None:
+    """Make an output folder, or say why it cannot be used, before the work of reading; nothing is deleted yet.
+
+    Args:
+        folder: To be written.
+        reads: What the work reads, so that `overwrite` does not delete it.
+        resume: A folder that holds something is gone on with.
+        overwrite: A folder that holds something will be replaced.
+
+    Raises:
+        OutputError: The folder holds something and neither was asked for, or holds what is to be read.
+    """
+    if overwrite:
+        for path in reads:
+            if path.resolve().is_relative_to(folder.resolve()):
+                raise OutputError(f"--overwrite would delete {path}, which is to be read. Name another output folder.")
+    prepare_folder(folder, resume=resume or overwrite)
 
 
 def step(folder: Path, inputs: Mapping[str, Any], work: Callable[[], object]) -> bool:
@@ -29,6 +47,7 @@ def step(folder: Path, inputs: Mapping[str, Any], work: Callable[[], object]) ->
 
     Raises:
         ConfigError: The folder was made from other inputs.
+        OutputError: The folder holds something that no step made.
     """
     key = {"sha256": digest(json.dumps(inputs, sort_keys=True, default=str)), "inputs": inputs}
     path = folder / INPUTS
@@ -46,8 +65,8 @@ def step(folder: Path, inputs: Mapping[str, Any], work: Callable[[], object]) ->
             )
         if (folder / MARKER).is_file():
             return False
-    elif folder.is_dir():
-        shutil.rmtree(folder)
+    elif folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
+        raise OutputError(f"{folder} holds other things than a begun run, so it cannot be gone on with. Name another.")
     write_json(path, json.loads(json.dumps(key, default=str)))
     work()
     return True
