@@ -5,6 +5,8 @@ Run it after a method or a field was added: `python docs/generate.py`. `tests/te
 
 from __future__ import annotations
 
+import copy
+import functools
 import re
 import textwrap
 import types
@@ -61,8 +63,8 @@ PROSE = {
     "finetune": "The supervised stage. `auto`: 30 passes over the training cases, within 200 to 2,000 steps; batches "
     "of 32, or of all cases where there are fewer; a resume file ten times, a validation twenty times.",
     "hardware": "`auto` takes CUDA, Apple's MPS or the CPU, in this order, and bfloat16 where the processor has it "
-    "built in; `medtpp doctor` shows the choice. Evaluation is always in float32. These fields do not belong to what a "
-    "stage depends on: a run may be resumed on another machine.",
+    "built in; `medtpp doctor` shows the choice. Evaluation is always in float32. A run may be "
+    "resumed with other values, on another machine.",
     "logging": "Every stage writes `log.csv`. MLflow and Weights & Biases need `pip install 'medtpp[mlflow]'` or "
     "`'medtpp[wandb]'`; the latter sends what it logs to its server.",
     "tuner": "One of the following, chosen by `name`.",
@@ -72,28 +74,6 @@ PROSE = {
 
 
 # The same for single fields; a description in the code goes before.
-NOTES = {
-    "columns.image": "path of the image, relative to the manifest",
-    "columns.label": "name of the class; empty: unlabelled",
-    "columns.patient": "a pseudonym; images of a patient stay in one split",
-    "columns.site": "hospital or scanner",
-    "columns.split": "train, val or test",
-    "label_separator": "between the labels of a case",
-    "decoder_depth": "blocks of the pretext decoder",
-    "decoder_width": "channels of the pretext decoder",
-    "label_smoothing": "share of the label spread over the other classes",
-    "steps": "optimiser steps",
-    "batch_size": "images per step, over all devices",
-    "weight_decay": "of the target parameters, as in AdamW",
-    "enabled": "false: fine-tune from the tuner's own start",
-    "head_learning_rate": "learning rate of the task head",
-    "head_weight_decay": "of the task head",
-    "accelerator": "where to compute",
-    "precision": "of training: float32, or mixed with bfloat16 or float16",
-    "tensorboard": "event files in the stage's folder",
-    "mlflow": "runs in mlruns/ in the stage's folder",
-    "wandb": "runs in the project medtpp",
-}
 
 
 def experiment_page() -> str:
@@ -159,7 +139,7 @@ def _rows(model: type[BaseModel], prefix: str = "") -> Iterator[list[str]]:
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             yield from _rows(field.annotation, f"{prefix}{name}.")
         else:
-            yield [prefix + name, _values(field), _default(field), field.description or NOTES.get(prefix + name, "")]
+            yield [prefix + name, _values(field), _default(field), field.description or ""]
 
 
 def _values(field: FieldInfo) -> str:
@@ -198,8 +178,13 @@ def _default(field: FieldInfo) -> str:
     return "" if value is None else f"`{str(value).lower() if isinstance(value, bool) else value}`"
 
 
+@functools.cache
+def _load(architecture: str) -> Any:
+    return medtpp.load(architecture, weights="random")
+
+
 def _count(architecture: str, tuner: str) -> str:
-    model = medtpp.attach(medtpp.load(architecture, weights="random"), tuner)
+    model = medtpp.attach(copy.deepcopy(_load(architecture)), tuner)
     return f"{sum(parameter.numel() for parameter in model.targets.values()):,}"
 
 

@@ -4,11 +4,11 @@ import json
 import pickle
 import shutil
 
-import matrix
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import matrix
 from medtpp.adapter import CARD, Adapter, TaskCard, load_adapter, make_task, read_card, refuse_overlap, save_adapter
 from medtpp.config import BackboneOptions
 from medtpp.errors import LeakageError, MedtppError, WeightsError

@@ -177,7 +177,7 @@ def test_images_that_do_not_fit_are_refused():
     backbone = wrap(make("vit"))
     with pytest.raises(DataError, match=r"48x40 pixels; .* was loaded for 48x48"):
         backbone(torch.rand(1, 3, 48, 40))
-    with pytest.raises(DataError, match="Images have 4 channels; test takes 3"):
+    with pytest.raises(DataError, match="Images have 4 channels; the backbone takes 3"):
         backbone(torch.rand(1, 4, 48, 48))
 
 

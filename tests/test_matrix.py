@@ -2,7 +2,6 @@
 
 import copy
 
-import matrix
 import peft
 import pytest
 import timm
@@ -10,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch.nn.functional import cosine_similarity
 
+import matrix
 from medtpp import tuners
 from medtpp.adapter import load_adapter, save_adapter
 from medtpp.config import PRETEXTS, TASKS, TUNERS
@@ -229,7 +229,8 @@ class TestTPP:
 
     def test_a_batch_in_parts_has_the_loss_of_the_whole(self, parts, images):
         tuned, head = parts
-        draws = matrix.draws()
+        draws, images = matrix.draws(), images.clone()
+        images[0, :, : matrix.SIZE // 2] = 0  # half of one image is air, which MAE leaves out
         with torch.no_grad():
             whole, _ = head.loss(tuned, images, draws)
             parts = [head.loss(tuned, images[rows], draws[rows])[0] for rows in (slice(0, 4), slice(4, 8))]
@@ -261,6 +262,22 @@ def test_mae_encodes_the_visible_patches_alone(variant):
     assert (ids_keep.shape[1], ids_hidden.shape[1]) == (4, 12)
     assert seen == [tuned.spec.prefix + 4 + prompts] * matrix.DEPTH
     assert predicted.shape == (8, 12, matrix.PATCH**2 * 3)
+
+
+@pytest.mark.parametrize("variant", ["medtpp_test_rotary", "medtpp_test_gated"])
+def test_prompts_have_no_place_in_the_image(variant):
+    tuned = matrix.attach("vpt_deep", variant)
+    seen = []
+    attention = tuned.encoder.get_submodule(tuned.layout.blocks[-1]).attn
+    attention.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs["rope"]), with_kwargs=True)
+    tokens(tuned, matrix.images())
+    tokens(tuned, matrix.images(), keep=torch.arange(3).expand(8, -1))
+    prompts = tuned.prompts.shape[1]
+    for rope, patches in zip(seen, (matrix.PATCHES, 3), strict=True):
+        assert rope.shape[-2] == patches + prompts
+        sine, cosine = rope[..., -prompts:, :].chunk(2, dim=-1)
+        assert (sine == 0).all()
+        assert (cosine == 1).all()
 
 
 @pytest.mark.parametrize(

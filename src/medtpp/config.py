@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import Any, Literal, Union
+from typing import Annotated, Any, Literal, Union
 
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
@@ -22,6 +22,8 @@ SOURCES: Registry[Any] = Registry("source", "medtpp.data.sources")
 
 Modality = Literal["unknown", "xray", "ct", "mri", "ultrasound", "pathology", "microscopy", "retina", "photo"]
 Auto = Literal["auto"]
+Count = Annotated[int, Field(ge=1)]
+Rate = Annotated[float, Field(gt=0)]
 
 
 class Options(BaseModel):
@@ -39,11 +41,11 @@ class MethodOptions(Options):
 class ColumnOptions(Options):
     """Names of a manifest's columns."""
 
-    image: str = "image"
-    label: str = "label"
-    patient: str = "patient"
-    site: str = "site"
-    split: str = "split"
+    image: str = Field("image", description="path of the image, relative to the manifest")
+    label: str = Field("label", description="name of the class; empty: unlabelled")
+    patient: str = Field("patient", description="a pseudonym; images of a patient stay in one split")
+    site: str = Field("site", description="hospital or scanner")
+    split: str = Field("split", description="train, val or test")
 
 
 class AugmentOptions(Options):
@@ -62,11 +64,11 @@ class DataOptions(Options):
     layout: str = Field("auto", description="name of a data layout, or auto")
     columns: ColumnOptions = ColumnOptions()
     multilabel: bool = Field(False, description="a case may have several labels, separated by label_separator")
-    label_separator: str = ";"
+    label_separator: str = Field(";", description="between the labels of a case")
     exclude: list[str] = Field([], description="case ids or patterns (*.png) to leave out")
     unlabelled: list[Path] = Field([], description="folders of further images without labels, for TPP")
     modality: Modality = Field("unknown", description="decides which flips are allowed")
-    image_size: int | Auto = Field(
+    image_size: Count | Auto = Field(
         "auto", description="side in pixels of what the backbone sees; auto: the backbone's own"
     )
     channels: Literal["auto", 1, 3] = Field("auto", description="1 grey, 3 colour; auto: colour if any image has it")
@@ -75,7 +77,7 @@ class DataOptions(Options):
     test_fraction: float = Field(
         0.2, gt=0, lt=1, description="share of all cases held out, where no test split is given"
     )
-    labels: int | Literal["all"] = Field(
+    labels: Count | Literal["all"] = Field(
         "all", description="how many labelled cases to use in all, validation included; draws are nested"
     )
     augment: AugmentOptions = AugmentOptions()
@@ -89,28 +91,30 @@ class BackboneOptions(Options):
     )
     weights: str = Field("pretrained", description="pretrained, random, or a local .safetensors / .pth file")
     revision: str | None = Field(None, description="revision of a hub repository")
-    patch_size: int | None = Field(None, description="resample the patch embedding to this patch size")
+    patch_size: Count | None = Field(None, description="resample the patch embedding to this patch size")
 
 
 class StageOptions(Options):
     """What training stages have in common. Budgets are optimiser steps."""
 
-    steps: int | Auto = "auto"
-    batch_size: int | Auto = "auto"
+    steps: Count | Auto = Field("auto", description="optimiser steps")
+    batch_size: Count | Auto = Field("auto", description="images per step, over all devices")
     accumulate: int = Field(1, ge=1, description="micro-batches per optimiser step")
-    learning_rate: float | Auto = Field("auto", description="auto: the tuner's own")
-    weight_decay: float = Field(0.0, ge=0)
+    learning_rate: Rate | Auto = Field("auto", description="auto: the tuner's own")
+    weight_decay: float = Field(0.0, ge=0, description="of the target parameters, as in AdamW")
     warmup: float = Field(0.1, ge=0, lt=1, description="share of the steps for linear warm-up; cosine decay follows")
     clip: float = Field(1.0, ge=0, description="largest gradient norm; 0 for no clipping")
-    checkpoint_every: int | Auto = Field("auto", description="steps between resume checkpoints")
+    checkpoint_every: Annotated[int, Field(ge=0)] | Auto = Field(
+        "auto", description="steps between resume checkpoints; 0 for none"
+    )
 
 
 class TPPOptions(StageOptions):
     """The pretext stage on the target parameters."""
 
-    enabled: bool = True
+    enabled: bool = Field(True, description="false: fine-tune from the tuner's own start")
     head_learning_rate: float = Field(1e-3, gt=0, description="learning rate of the pretext head")
-    head_warmup: int | Auto = Field(
+    head_warmup: Annotated[int, Field(ge=0)] | Auto = Field(
         "auto", description="steps in which a new pretext head trains alone; auto: max(200, 10%)"
     )
     transductive: bool = Field(False, description="let TPP see validation and test images (flagged in the adapter)")
@@ -119,28 +123,29 @@ class TPPOptions(StageOptions):
 class FinetuneOptions(StageOptions):
     """The supervised stage."""
 
-    weight_decay: float = Field(0.0, ge=0)
-    head_learning_rate: float = Field(1e-3, gt=0)
-    head_weight_decay: float = Field(0.01, ge=0)
+    head_learning_rate: float = Field(1e-3, gt=0, description="learning rate of the task head")
+    head_weight_decay: float = Field(0.01, ge=0, description="weight decay of the task head")
     keep: Literal["best", "last"] = Field("best", description="which weights: best on validation, or of the last step")
-    validate_every: int | Auto = Field("auto", description="steps between validations")
+    validate_every: Count | Auto = Field("auto", description="steps between validations")
 
 
 class HardwareOptions(Options):
     """Where and how precisely to compute."""
 
-    accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    accelerator: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="where to compute")
     devices: int = Field(1, ge=1, description="processes, one per device")
-    precision: Literal["auto", "32", "bf16", "16"] = "auto"
-    threads: int | Auto = Field("auto", description="CPU threads")
+    precision: Literal["auto", "32", "bf16", "16"] = Field(
+        "auto", description="of training: float32, or mixed with bfloat16 or float16"
+    )
+    threads: Count | Auto = Field("auto", description="CPU threads")
 
 
 class LoggingOptions(Options):
     """Logs beside the CSV file that every stage writes."""
 
-    tensorboard: bool = True
-    mlflow: bool = False
-    wandb: bool = False
+    tensorboard: bool = Field(True, description="event files in the stage's folder")
+    mlflow: bool = Field(False, description="to MLFLOW_TRACKING_URI, or to mlflow.db in the stage's folder")
+    wandb: bool = Field(False, description="to the project medtpp of Weights & Biases")
 
 
 class Experiment(Options):

@@ -18,6 +18,9 @@ class MedtppError(Exception):
         self.problems = list(problems)
         super().__init__("\n".join([message, *(f"  - {problem}" for problem in self.problems)]))
 
+    def __reduce__(self) -> tuple[type[MedtppError], tuple[str, list[str]]]:
+        return type(self), (self.message, self.problems)
+
 
 class ConfigError(MedtppError):
     """An experiment file, an option or a combination of methods is not valid."""

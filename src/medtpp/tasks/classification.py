@@ -22,7 +22,7 @@ class ClassificationOptions(MethodOptions):
 
     name: Literal["classification"] = "classification"
     pooling: Literal["auto", "mean", "cls"] = Field("auto", description="auto: as the backbone was trained")
-    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of the label spread over the other classes")
     class_weights: Literal["none", "balanced"] = Field(
         "none", description="balanced: rare classes weigh more in the loss"
     )

@@ -163,6 +163,7 @@ def fit(
                 fabric.log_dict({key: value for key, value in row.items() if key != "step"}, step=done)
             progress.update(done, row)
             if folder and schedule.checkpoint_every and done % schedule.checkpoint_every == 0 and done < schedule.steps:
+                _finite(fabric, loss, done)  # or every resumed run would begin with what is broken
                 state.save(folder / RESUME, done, record, fabric)
                 write_log(folder, record, fabric)
     state.restore_best(record)

@@ -20,10 +20,12 @@ from medtpp.config import (
     LoggingOptions,
     MethodOptions,
     Modality,
+    Rate,
     StageOptions,
 )
 from medtpp.data.augment import Augmenter
 from medtpp.data.fingerprints import Fingerprints
+from medtpp.errors import ConfigError
 from medtpp.files import MARKER, write_json, write_text
 from medtpp.pretext.base import Pretext
 from medtpp.pretext.mae import sincos_positions
@@ -40,7 +42,7 @@ class PretrainOptions(StageOptions):
     architecture: str = Field("vit_tiny_patch16_224", description="a timm name of a plain vision transformer")
     weight_decay: float = Field(0.05, ge=0)
     warmup: float = Field(0.05, ge=0, lt=1)
-    learning_rate: float | Auto = Field("auto", description="auto: 1.5e-3 x batch / 256, as suits small ViTs")
+    learning_rate: Rate | Auto = Field("auto", description="auto: 1.5e-3 x batch / 256, as suits small ViTs")
     half: bool = Field(True, description="store 16-bit weights")
 
 
@@ -91,6 +93,8 @@ def _train(fabric: Fabric, inputs: PretrainInputs, folder: Path) -> StageResult:
     schedule = schedule_of(options)
     name = BackboneOptions(name=options.architecture, weights="random")
     backbone = backbones.load(name, image_size=data.cache.shape[-1])
+    if backbone.spec.family != "timm_vit":
+        raise ConfigError(f"`architecture` is the timm name of a plain vision transformer; {name.name} is none.")
     _start_positions(backbone)
     backbone.encoder.requires_grad_(True)
     pretext: Pretext = PRETEXTS.get(inputs.pretext.name)(inputs.pretext, backbone.spec, seeds)

@@ -69,6 +69,7 @@ class RunState:
                     "step": step,
                     "parameters": {name: parameter.detach().cpu() for name, parameter in self.parameters.items()},
                     "optimizer": self.optimizer.state_dict(),
+                    "precision": fabric.strategy.precision.state_dict(),  # the scale of 16-bit gradients
                     "best": self.best,
                     "record": {"rows": record.rows, "best": record.best},
                 },
@@ -85,7 +86,8 @@ class RunState:
             return 0
         try:
             saved = torch.load(path, map_location=fabric.device, weights_only=True)
-            step, parameters, optimizer, best = (saved[key] for key in ("step", "parameters", "optimizer", "best"))
+            keys = ("step", "parameters", "optimizer", "precision", "best")
+            step, parameters, optimizer, precision, best = (saved[key] for key in keys)
             rows, best_score = saved["record"]["rows"], saved["record"]["best"]
             shapes = {name: value.shape for name, value in parameters.items()}
         except Exception as error:  # torch raises whatever the broken bytes lead to
@@ -98,6 +100,7 @@ class RunState:
             for name, parameter in self.parameters.items():
                 parameter.copy_(parameters[name])
         self.optimizer.load_state_dict(optimizer)
+        fabric.strategy.precision.load_state_dict(precision)
         self.best = best
         record.rows = list(rows)
         record.best = best_score

@@ -20,6 +20,7 @@ from medtpp.data.augment import Augmenter
 from medtpp.data.batches import BatchStream
 from medtpp.data.cache import ImageCache
 from medtpp.data.case import Case
+from medtpp.errors import MedtppError
 from medtpp.pretext.base import Pretext
 from medtpp.seeds import Draws, Seeds, name_key
 from medtpp.training.device import close_loggers
@@ -125,7 +126,9 @@ def launch(fabric: Fabric, train: Callable[..., T], inputs: Any, folder: Path) -
     """Run `train(fabric, inputs, folder)` here, or on one process per device; gives the first one's result."""
     if fabric.strategy.__class__.__name__ != "SingleDeviceStrategy":
         # Bound, not passed on: the launcher searches its arguments for modules, and refuses frozen dataclasses.
-        result: T = fabric.launch(functools.partial(train, inputs=inputs, folder=folder))
+        result: T | MedtppError = fabric.launch(functools.partial(_told, train=train, inputs=inputs, folder=folder))
+        if isinstance(result, MedtppError):
+            raise result
         return result
     fabric.launch()
     try:
@@ -135,6 +138,14 @@ def launch(fabric: Fabric, train: Callable[..., T], inputs: Any, folder: Path) -
         raise
     close_loggers(fabric, "success")
     return done
+
+
+def _told(fabric: Fabric, train: Callable[..., T], inputs: Any, folder: Path) -> T | MedtppError:
+    # An error that leaves a spawned process comes back as text; the user's message is to come back as it is.
+    try:
+        return train(fabric, inputs, folder)
+    except MedtppError as error:
+        return error
 
 
 def resolve_stage(

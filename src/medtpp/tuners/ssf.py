@@ -93,7 +93,9 @@ class SSFBackbone(TunedBackbone):
         twin = copy.deepcopy(self)
         modules = dict(twin.source.encoder.named_modules())
         for path, scale in zip(twin.paths, twin.scales, strict=True):
-            modules[path]._forward_hooks.clear()
+            hooks = modules[path]._forward_hooks
+            for key in [key for key, hook in hooks.items() if getattr(hook, "__self__", None) is scale]:
+                del hooks[key]
             scale.fold_into(modules[path])
         return twin.source
 
