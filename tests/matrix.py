@@ -7,7 +7,7 @@ a folder like any other, and `peft` finds them too.
 
 from functools import cache, partial
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import TemporaryDirectory
 
 import torch
 from timm.models import register_model
@@ -62,6 +62,7 @@ def _entry(name, kind):
 for _name, _kind in _KINDS.items():
     register_model(_entry(_name, _kind))
 
+_FOLDERS = TemporaryDirectory(prefix="medtpp-matrix-")  # goes when the process ends
 VARIANTS = tuple(_KINDS)
 TUNED = [(tuner, variant) for tuner in TUNERS.names() for variant in VARIANTS]
 WITH_TARGETS = [(tuner, variant) for tuner, variant in TUNED if TUNERS.get(tuner).has_targets]
@@ -76,7 +77,7 @@ def backbone_folder(variant: str) -> Path:
         with torch.no_grad():
             for parameter in network.parameters():
                 parameter.add_(torch.randn_like(parameter) * 0.05)
-    folder = Path(mkdtemp(prefix=f"{variant}-"))
+    folder = Path(_FOLDERS.name) / variant
     card = {"architecture": variant, "image_size": SIZE, "channels": 3, "mean": [0.5] * 3, "std": [0.25] * 3}
     save_backbone(folder, network.state_dict(), {}, {**card, "objective": "unknown"}, Fingerprints())
     return folder

@@ -253,8 +253,9 @@ def test_tpp_goes_on_with_the_head_of_its_backbone(phantoms, pretrained, tmp_pat
 def test_a_new_head_is_warmed_up_by_default(phantoms):
     for steps, warmup in ((300, 200), (5000, 500)):
         made = stages.experiment(phantoms, tpp={"head_warmup": "auto", "steps": steps})
-        assert resolve_tpp(made, 100, trained_head=False).head_warmup == warmup
-        assert resolve_tpp(made, 100, trained_head=True).head_warmup == 0
+        known = {"images": 100, "learning_rate": 1e-3}
+        assert resolve_tpp(made.tpp, trained_head=False, **known).head_warmup == warmup
+        assert resolve_tpp(made.tpp, trained_head=True, **known).head_warmup == 0
 
 
 def test_head_warm_up_leaves_the_targets_alone(phantoms, tmp_path):
@@ -269,7 +270,7 @@ def test_head_warm_up_leaves_the_targets_alone(phantoms, tmp_path):
 def test_head_warm_up_leaves_no_gradients_behind(phantoms):
     inputs = stages.tpp_inputs(phantoms)
     backbone = backbones.load(inputs.experiment.backbone, image_size=stages.SIZE)
-    pretext, trained = make_pretext(inputs.experiment, backbone, Seeds(0))
+    pretext, trained = make_pretext(inputs.experiment.pretext, backbone, Seeds(0))
     assert not trained
     tuned = tuners.attach(backbone, inputs.experiment.tuner)
     fabric = Fabric(accelerator="cpu", devices=1)

@@ -31,14 +31,13 @@ from medtpp.errors import ConfigError, DataError
 from medtpp.evaluation import Predictions
 from medtpp.files import prepare_folder
 from medtpp.inference.predict import image_cases, predict_files
-from medtpp.pretext.base import Pretext
 from medtpp.seeds import Seeds
 from medtpp.tasks.base import Task
 from medtpp.training.device import choose_precision, mixed, quiet_fabric
-from medtpp.training.finetune import SupervisedModule
+from medtpp.training.finetune import SupervisedModule, resolve_finetune
 from medtpp.training.loop import Group, fit
-from medtpp.training.stage import PretextModule, number, resolve_stage, schedule_of
-from medtpp.training.tpp import warm_up_head
+from medtpp.training.stage import PretextModule, number, schedule_of
+from medtpp.training.tpp import make_pretext, resolve_tpp, warm_up_head
 from medtpp.tuners import TunedBackbone
 
 O = TypeVar("O", bound=StageOptions)  # noqa: E741  (options)
@@ -67,7 +66,13 @@ class TPPRecord:
 
 
 def tpp(
-    model: nn.Module, images: Images, pretext: str = "mae", *, seed: int = 0, precision: str = "auto", **options: Any
+    model: nn.Module,
+    images: Images,
+    pretext: str | Mapping[str, Any] = "mae",
+    *,
+    seed: int = 0,
+    precision: str = "auto",
+    **options: Any,
 ) -> TPPRecord:
     """Pre-train, in place, exactly the parameters of a model that require gradients, by a self-supervised task.
 
@@ -80,7 +85,7 @@ def tpp(
         images: A tensor (N, C, H, W), a Dataset or a DataLoader; items and batches may be tuples or dicts, of which
             the first image-like tensor is taken. Floating point, as the model's own forward takes them (normalised);
             in [0, 1] for a model that `medtpp.attach` gave.
-        pretext: Name of the pretext task.
+        pretext: Name of the pretext task, or its options: {"name": "mae", "mask_ratio": 0.6}.
         seed: Of all draws.
         precision: "auto", "32", "bf16" or "16".
         options: Fields of `TPPOptions`: steps, batch_size, learning_rate, head_warmup, ... A DataLoader brings its own
@@ -91,7 +96,8 @@ def tpp(
         DataError: The images are of another size than the model's.
     """
     chosen = _options(TPPOptions, options)
-    method = PRETEXTS.get(pretext)
+    wish = {"name": pretext} if isinstance(pretext, str) else dict(pretext)
+    pretext_options = _options(PRETEXTS.get(str(wish.get("name", "mae"))).Options, wish)
     seeds = Seeds(seed)
     wanted = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not wanted:
@@ -102,24 +108,17 @@ def tpp(
         first = first_images(images)
         backbone = model if isinstance(model, Backbone) else backbones.find(model, tuple(first.shape[2:]))
         check_range(images if isinstance(images, Tensor) else first, unit=isinstance(model, Backbone))
-        if method.needs - backbone.spec.capabilities:
-            lacking = ", ".join(sorted(method.needs - backbone.spec.capabilities))
-            raise ConfigError(f"The pretext task {pretext} needs a backbone that {lacking}.")
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in wanted)
         model.eval()
-        task: Pretext = method(method.Options(), backbone.spec, seeds)
-        trained_head = pretext in backbone.pretext_heads and task.load_head(backbone.pretext_heads[pretext])
+        task, trained_head = make_pretext(pretext_options, backbone, seeds)
         module = PretextModule(backbone, task).to(device)
         reached = _reached(module, wanted, first[:8].to(device), seeds)
         for name, parameter in wanted.items():
             parameter.requires_grad_(name in reached)
         rate = TUNERS.get(model.tuner.name).learning_rate if isinstance(model, TunedBackbone) else 1e-3
-        chosen = resolve_stage(
-            chosen, passes=40, batch_size=64, cases=number_of_images, limits=(200, 2000), learning_rate=rate
-        )
-        fallback = 0 if trained_head else max(200, number(chosen.steps) // 10)
-        warmup = fallback if chosen.head_warmup == "auto" else chosen.head_warmup
+        chosen = resolve_tpp(chosen, images=number_of_images, learning_rate=rate, trained_head=trained_head)
+        warmup = number(chosen.head_warmup)
         stream = UserStream(images, None, number(chosen.batch_size), seeds)
         fabric = _fabric(device, precision)
         targets = Group(
@@ -131,7 +130,7 @@ def tpp(
         after_step = model.after_step if isinstance(model, TunedBackbone) else None
         record = fit(fabric, module, [targets, head], stream, schedule_of(chosen), title="TPP", after_step=after_step)
     card = TPPCard(
-        pretext=method.Options().model_dump(mode="json"),
+        pretext=pretext_options.model_dump(mode="json"),
         steps=number(chosen.steps),
         head_warmup=warmup,
         batch_size=stream.batch_size,
@@ -182,14 +181,7 @@ def finetune(
     check_range(images, unit=True)
     seeds = Seeds(seed)
     rate = TUNERS.get(model.tuner.name).learning_rate
-    chosen = resolve_stage(
-        _options(FinetuneOptions, options),
-        passes=30,
-        batch_size=32,
-        cases=len(images),
-        limits=(200, 2000),
-        learning_rate=rate,
-    )
+    chosen = resolve_finetune(_options(FinetuneOptions, options), cases=len(images), learning_rate=rate)
     device = next(model.parameters()).device
     method = TASKS.get(task)
     head: Task = method(method.Options(), model.spec, classes, False, seeds)

@@ -38,8 +38,11 @@ def atomic(path: Path) -> Iterator[Path]:
         os.umask(mask)
         temporary.chmod(0o666 & ~mask)
         temporary.replace(path)
-    except OSError as error:
-        reason = error.strerror or error
+    except Exception as error:
+        # On a full disk torch and safetensors raise errors of their own.
+        if not isinstance(error, OSError) and "os error" not in str(error) and "inline_container" not in str(error):
+            raise
+        reason = getattr(error, "strerror", None) or "no space is left, or the disk fails"
         raise OutputError(f"Cannot write {path}: {reason}. Free some space or choose another folder.") from error
     finally:
         if temporary is not None:

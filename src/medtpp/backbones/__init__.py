@@ -5,14 +5,24 @@ from __future__ import annotations
 import difflib
 from typing import TYPE_CHECKING
 
-from medtpp.backbones.base import Backbone, Features, Layout, Spec, hash_state
+from medtpp.backbones.base import Backbone, Features, Layout, Spec, hash_state, match_channels, training_attention
 from medtpp.config import BACKBONES, BackboneOptions
 from medtpp.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["Backbone", "Features", "Layout", "Spec", "find", "hash_state", "load"]
+__all__ = [
+    "Backbone",
+    "Features",
+    "Layout",
+    "Spec",
+    "find",
+    "hash_state",
+    "load",
+    "match_channels",
+    "training_attention",
+]
 
 
 def load(name: str | BackboneOptions, *, weights: str = "pretrained", image_size: int | None = None) -> Backbone:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from medtpp.config import BackboneOptions
 from medtpp.errors import ConfigError, DataError
+
+PLAIN_ATTENTION = 600  # tokens; 384 pixels with patches of 16 are 577
 
 
 @dataclass(frozen=True)
@@ -176,20 +180,17 @@ class Backbone(nn.Module, ABC):
         Raises:
             DataError: The size or the number of channels does not fit.
         """
+        self._check_size(images)
+        return self._standardise(images)
+
+    def _check_size(self, images: Tensor) -> None:
         expected = self.spec.image_size
         if tuple(images.shape[2:]) != expected:
             size, want = "x".join(map(str, images.shape[2:])), "x".join(map(str, expected))
             raise DataError(f"Images are {size} pixels; the backbone {self.spec.name} was loaded for {want}.")
-        given, wanted = images.shape[1], self.spec.channels
-        if given != wanted:
-            if given == 1:
-                images = images.expand(-1, wanted, *[-1] * self.spec.dims)
-            elif given == 3 and wanted == 1:  # ITU-R BT.601 luma
-                weights = images.new_tensor([0.299, 0.587, 0.114]).view(3, *[1] * self.spec.dims)
-                images = (images * weights).sum(dim=1, keepdim=True)
-            else:
-                raise DataError(f"Images have {given} channels; {self.spec.name} takes {wanted} (or 1, or 3 for grey).")
-        return (images - self.mean) / self.std
+
+    def _standardise(self, images: Tensor) -> Tensor:
+        return (match_channels(images, self.spec.channels) - self.mean) / self.std
 
     def train(self, mode: bool = True) -> Backbone:
         """Dropout, DropPath and batch norm of the encoder stay in evaluation mode, whatever `mode` is."""
@@ -215,6 +216,41 @@ def hash_state(state: Mapping[str, Tensor]) -> str:
         total.update(f"{name}|{value.dtype}|{tuple(value.shape)}|".encode())
         total.update(value.reshape(-1).view(torch.uint8).numpy().data)
     return total.hexdigest()
+
+
+def match_channels(images: Tensor, channels: int) -> Tensor:
+    """(B, C, *spatial) to (B, channels, *spatial): grey into colour by repetition, colour into grey by BT.601 luma.
+
+    Raises:
+        DataError: Neither applies.
+    """
+    given = images.shape[1]
+    if given == channels:
+        return images
+    if given == 1:
+        return images.expand(-1, channels, *images.shape[2:])
+    if given == 3 and channels == 1:
+        weights = images.new_tensor([0.299, 0.587, 0.114]).view(3, *[1] * (images.ndim - 2))
+        return (images * weights).sum(dim=1, keepdim=True)
+    raise DataError(f"Images have {given} channels; the backbone takes {channels} (or 1, or 3 for grey).")
+
+
+@contextmanager
+def training_attention(blocks: Iterable[Any], tokens: Tensor) -> Iterator[None]:
+    """Inside, timm blocks that see tokens (B, N, D) train with the quickest kind of attention.
+
+    On CPUs the backward of torch's fused attention takes several times as long in bfloat16 as plain matrix products.
+    Those keep B x heads x N x N values per block, hence the limit to short sequences.
+    """
+    mixed = tokens.device.type == "cpu" and torch.is_autocast_enabled("cpu") and torch.is_grad_enabled()
+    fused = [block.attn for block in blocks if mixed and tokens.shape[1] <= PLAIN_ATTENTION and block.attn.fused_attn]
+    for attention in fused:
+        attention.fused_attn = False
+    try:
+        yield
+    finally:
+        for attention in fused:
+            attention.fused_attn = True
 
 
 def gather_tokens(tokens: Tensor, keep: Tensor) -> Tensor:

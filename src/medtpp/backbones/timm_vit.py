@@ -20,7 +20,7 @@ from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer import checkpoint_filter_fn as convert_vit
 from torch import Tensor, nn
 
-from medtpp.backbones.base import Backbone, Features, Layout, Spec, gather_tokens, hash_state
+from medtpp.backbones.base import Backbone, Features, Layout, Spec, gather_tokens, hash_state, training_attention
 from medtpp.backbones.checkpoints import load_strict, read_checkpoint, strip_prefix
 from medtpp.config import BACKBONES, BackboneOptions
 from medtpp.errors import ConfigError, WeightsError
@@ -51,7 +51,7 @@ class TimmViT(Backbone):
         if not all(0 <= tap < self.spec.depth for tap in taps):
             raise ConfigError(f"There are blocks 0 to {self.spec.depth - 1}; maps were asked of {list(taps)}.")
         prefix, grid = self.spec.prefix, self.spec.grid
-        x = self.encoder.patch_embed(self.normalise(images))  # (B, N, D), or (B, *grid, D) at dynamic image sizes
+        x = self._embed(images, keep)  # (B, N, D), or (B, *grid, D) at dynamic image sizes
         if mask is not None:
             token = x.new_zeros(x.shape[-1]) if mask_token is None else mask_token.to(x.dtype)
             x = torch.where(mask.reshape(*x.shape[:-1], 1), token, x)
@@ -63,11 +63,29 @@ class TimmViT(Backbone):
                 rope = rope[keep][:, None]
         x = self.encoder.norm_pre(x)
         maps = []
-        for index, block in enumerate(self.encoder.blocks):
-            x = block(x) if rope is None else block(x, rope=rope)
-            if index in taps:
-                maps.append(x[:, prefix:].transpose(1, 2).unflatten(2, grid))  # (B, D, *grid)
+        with training_attention(self.encoder.blocks, x):
+            for index, block in enumerate(self.encoder.blocks):
+                x = block(x) if rope is None else block(x, rope=rope)
+                if index in taps:
+                    maps.append(x[:, prefix:].transpose(1, 2).unflatten(2, grid))  # (B, D, *grid)
         return Features(images, self.encoder.norm(x), prefix, grid, tuple(maps), (self.spec.patch,) * len(maps))
+
+    def _embed(self, images: Tensor, keep: Tensor | None) -> Tensor:
+        """Patch embeddings; the hidden patches, which are dropped after positions are added, stay zeros."""
+        embed = self.encoder.patch_embed
+        if keep is None:
+            x: Tensor = embed(self.normalise(images))
+            return x
+        self._check_size(images)
+        (height, width), grid = self.spec.patch, self.spec.grid
+        patches = images.unflatten(3, (-1, width)).unflatten(2, (-1, height)).permute(0, 2, 4, 1, 3, 5)
+        cases = torch.arange(len(keep), device=keep.device)[:, None]
+        visible = patches[cases, keep // grid[1], keep % grid[1]]  # (B, K, C, p, p)
+        tokens = embed.proj(self._standardise(visible.flatten(0, 1)))  # each an image of one patch: (B*K, D, 1, 1)
+        tokens = embed.norm(tokens.flatten(1).unflatten(0, keep.shape))  # (B, K, D)
+        index = keep[..., None].expand_as(tokens)
+        x = tokens.new_zeros(len(keep), math.prod(grid), tokens.shape[-1]).scatter(1, index, tokens)
+        return x if embed.flatten else x.unflatten(1, grid)
 
 
 @BACKBONES.register("timm_vit")

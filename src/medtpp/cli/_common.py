@@ -70,7 +70,9 @@ def show_problems(problems: Sequence[Problem]) -> None:
     """Errors and warnings, a paragraph each."""
     for problem in problems:
         style = "bold red" if problem.severity == "error" else "yellow"
-        console.print(Text.assemble((f"{problem.severity}:", style), " ", problem.message))
+        # A command in the message stays on one line, to be copied.
+        command = "--set" in problem.message
+        console.print(Text.assemble((f"{problem.severity}:", style), " ", problem.message), soft_wrap=command)
 
 
 def show_summary(summary: DatasetSummary, title: str) -> None:

@@ -25,6 +25,9 @@ def evaluate(
     out: Out,
     adapter: Annotated[Path, typer.Option(help="A fine-tuned adapter folder.")],
     backbone: Backbone = None,
+    every: Annotated[
+        bool, typer.Option("--all", help="All labelled cases, as for data of another hospital, not a test split alone.")
+    ] = False,
     settings: Settings = None,
     overwrite: Overwrite = False,
 ) -> None:
@@ -34,6 +37,6 @@ def evaluate(
 
     experiment = as_trained(experiment, adapter, backbone=backbone)
     with decoding() as progress:
-        prepared = open_run(experiment, out, adapter=adapter, overwrite=overwrite, progress=progress)
+        prepared = open_run(experiment, out, adapter=adapter, all_test=every, overwrite=overwrite, progress=progress)
     show_evaluation(evaluate_stage(prepared, adapter, out / "evaluation", backbone=backbone))
     show_paths(predictions=out / "evaluation" / "predictions.csv", metrics=out / "evaluation" / "evaluation.json")

@@ -26,6 +26,13 @@ class Fingerprints(Options):
         patients = {patient_hash(case.patient) for case in cases if case.patient}
         return cls(images=tuple(sorted(images)), patients=tuple(sorted(patients)))
 
+    def __or__(self, other: Fingerprints) -> Fingerprints:
+        """Of both sets of cases."""
+        return Fingerprints(
+            images=tuple(sorted({*self.images, *other.images})),
+            patients=tuple(sorted({*self.patients, *other.patients})),
+        )
+
     def overlap(self, cases: Sequence[Case], records: Mapping[str, ImageRecord]) -> list[str]:
         """Ids of the cases whose pixels or patient are among these."""
         images, patients = set(self.images), set(self.patients)

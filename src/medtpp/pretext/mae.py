@@ -9,8 +9,9 @@ import torch
 from pydantic import Field
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from medtpp.backbones import Backbone, Spec
+from medtpp.backbones import Backbone, Spec, match_channels, training_attention
 from medtpp.config import PRETEXTS, MethodOptions
 from medtpp.pretext.base import Pretext
 from medtpp.seeds import Draws, Seeds
@@ -25,8 +26,8 @@ class MAEOptions(MethodOptions):
 
     name: Literal["mae"] = "mae"
     mask_ratio: float = Field(0.75, gt=0, lt=1, description="share of the patches that is hidden")
-    decoder_depth: int = Field(2, ge=1)
-    decoder_width: int = Field(128, ge=8, multiple_of=32)
+    decoder_depth: int = Field(2, ge=1, description="blocks of the pretext decoder")
+    decoder_width: int = Field(128, ge=32, multiple_of=32, description="channels of the pretext decoder")
 
 
 @PRETEXTS.register("mae")
@@ -61,7 +62,7 @@ class MAE(Pretext):
         ids_keep, ids_hidden = self.split(draws)
         predicted = self.decode(backbone, images, ids_keep, ids_hidden)  # (B, H, p*C)
         target, weight = self.targets(images, ids_hidden)
-        error = (predicted.float() - target).square().mean(dim=-1)  # (B, H)
+        error = F.mse_loss(predicted.float(), target, reduction="none").mean(dim=-1)  # (B, H)
         # Per image first: so a batch cut over processes or micro-batches has the same loss as a whole one.
         loss = ((error * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1)).mean()
         return loss, {"kept_in_loss": weight.mean()}
@@ -79,27 +80,27 @@ class MAE(Pretext):
         positions = self.positions.to(tokens.dtype)
         hidden = self.mask_token.to(tokens.dtype) + positions[ids_hidden]  # (B, H, W)
         x = torch.cat([prefix, visible + positions[ids_keep], hidden], dim=1)  # attention needs no order
-        x = self.blocks(x)[:, -ids_hidden.shape[1] :]  # (B, H, W)
+        with training_attention(self.blocks, x):
+            x = self.blocks(x)[:, -ids_hidden.shape[1] :]  # (B, H, W)
         predicted: Tensor = self.predict(self.norm(x))
         return predicted
 
     def targets(self, images: Tensor, ids_hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Normalised pixels (B, H, p*C) of the hidden patches and their weights (B, H), 0 for near-constant ones."""
-        if images.shape[1] != self.channels:
-            images = images.expand(-1, self.channels, *[-1] * len(self.patch))
-        patches = patchify(images.float(), self.patch)  # (B, N, p*C)
+        images = match_channels(images, self.channels).float()
+        patches = patchify(images, self.patch)  # (B, N, p*C)
         patches = patches.gather(1, ids_hidden[..., None].expand(-1, -1, patches.shape[-1]))
-        variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
-        overall = images.float().flatten(1).std(dim=1)[:, None]
-        weight = (variance[..., 0].sqrt() > NEAR_CONSTANT * overall).float()
-        return (patches - mean) / (variance + 1e-6).sqrt(), weight
+        centred, deviation = centre(patches)  # (B, H, p*C), (B, H, 1)
+        _, overall = centre(images.flatten(1))  # (B, 1)
+        weight = (deviation[..., 0] > NEAR_CONSTANT * overall).float()
+        return centred / (deviation.square() + 1e-6).sqrt(), weight
 
     @torch.no_grad()
     def preview(self, backbone: Backbone, images: Tensor, draws: Draws) -> dict[str, Tensor]:
         """The images with hidden patches in grey, and with the hidden patches predicted."""
         ids_keep, ids_hidden = self.split(draws)
         predicted = self.decode(backbone, images, ids_keep, ids_hidden).float()
-        patches = patchify(images.expand(-1, self.channels, *images.shape[2:]).float(), self.patch)
+        patches = patchify(match_channels(images, self.channels).float(), self.patch)
         index = ids_hidden[..., None].expand(-1, -1, patches.shape[-1])
         hidden = patches.gather(1, index)
         variance, mean = torch.var_mean(hidden, dim=-1, keepdim=True)
@@ -110,6 +111,13 @@ class MAE(Pretext):
             "masked": unpatchify(masked, self.patch, shape),
             "restored": unpatchify(restored, self.patch, shape).clamp(0, 1),
         }
+
+
+def centre(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Values less their mean over the last dimension, and their standard deviation (..., 1)."""
+    centred = values - values.mean(dim=-1, keepdim=True)
+    # torch.var takes ten times as long on CPUs.
+    return centred, torch.linalg.vector_norm(centred, dim=-1, keepdim=True) / math.sqrt(values.shape[-1] - 1)
 
 
 def patchify(images: Tensor, patch: tuple[int, ...]) -> Tensor:

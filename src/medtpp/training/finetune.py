@@ -79,15 +79,16 @@ def run_finetune(inputs: FinetuneInputs, folder: Path) -> StageResult:
     return launch(make_fabric(experiment.hardware, experiment.logging, folder), _train, inputs, folder)
 
 
-def resolve_finetune(experiment: Experiment, cases: int) -> FinetuneOptions:
-    """Answer the `auto` values: 30 passes over the cases within 200 to 2,000 steps, the tuner's learning rate."""
+def resolve_finetune(options: FinetuneOptions, *, cases: int, learning_rate: float) -> FinetuneOptions:
+    """Answer the `auto` values: 30 passes over the cases within 200 to 2,000 steps.
+
+    Args:
+        options: As given.
+        cases: How many there are to train on.
+        learning_rate: The tuner's own.
+    """
     options = resolve_stage(
-        experiment.finetune,
-        passes=30,
-        batch_size=32,
-        cases=cases,
-        limits=(200, 2000),
-        learning_rate=TUNERS.get(experiment.tuner.name).learning_rate,
+        options, passes=30, batch_size=32, cases=cases, limits=(200, 2000), learning_rate=learning_rate
     )
     if options.validate_every != "auto":
         return options
@@ -96,7 +97,8 @@ def resolve_finetune(experiment: Experiment, cases: int) -> FinetuneOptions:
 
 def _train(fabric: Fabric, inputs: FinetuneInputs, folder: Path) -> StageResult:
     experiment, seeds = inputs.experiment, Seeds(inputs.experiment.seed)
-    options = resolve_finetune(experiment, len(inputs.train))
+    own_rate = TUNERS.get(experiment.tuner.name).learning_rate
+    options = resolve_finetune(experiment.finetune, cases=len(inputs.train), learning_rate=own_rate)
     rate, batch_size = float(options.learning_rate), number(options.batch_size)
     begun = _begin(inputs, seeds)
     tuned = begun.backbone

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from medtpp import backbones, tuners
 from medtpp.adapter import TPPCard, new_card, save_adapter
-from medtpp.config import PRETEXTS, TUNERS, Experiment, TPPOptions
+from medtpp.config import PRETEXTS, TUNERS, Experiment, MethodOptions, TPPOptions
 from medtpp.data.augment import Augmenter
 from medtpp.data.fingerprints import Fingerprints
 from medtpp.data.preprocess import Preprocessing
@@ -62,8 +62,9 @@ def _train(fabric: Fabric, inputs: TPPInputs, folder: Path) -> StageResult:
     experiment, data = inputs.experiment, inputs.data
     seeds = Seeds(experiment.seed)
     backbone = backbones.load(experiment.backbone, image_size=inputs.preprocessing.image_size)
-    pretext, trained_head = make_pretext(experiment, backbone, seeds)
-    options = resolve_tpp(experiment, len(data), trained_head=trained_head)
+    pretext, trained_head = make_pretext(experiment.pretext, backbone, seeds)
+    own_rate = TUNERS.get(experiment.tuner.name).learning_rate
+    options = resolve_tpp(experiment.tpp, images=len(data), learning_rate=own_rate, trained_head=trained_head)
     batch_size, rate = number(options.batch_size), float(options.learning_rate)
     head_warmup = number(options.head_warmup)
     schedule = schedule_of(options)
@@ -102,15 +103,17 @@ def _train(fabric: Fabric, inputs: TPPInputs, folder: Path) -> StageResult:
     return result
 
 
-def resolve_tpp(experiment: Experiment, images: int, *, trained_head: bool) -> TPPOptions:
-    """Answer the `auto` values: 40 passes over the images within 200 to 2,000 steps, the tuner's learning rate."""
+def resolve_tpp(options: TPPOptions, *, images: int, learning_rate: float, trained_head: bool) -> TPPOptions:
+    """Answer the `auto` values: 40 passes over the images within 200 to 2,000 steps.
+
+    Args:
+        options: As given.
+        images: How many TPP sees.
+        learning_rate: The tuner's own.
+        trained_head: Whether the pretext head came trained with the backbone.
+    """
     options = resolve_stage(
-        experiment.tpp,
-        passes=40,
-        batch_size=64,
-        cases=images,
-        limits=(200, 2000),
-        learning_rate=TUNERS.get(experiment.tuner.name).learning_rate,
+        options, passes=40, batch_size=64, cases=images, limits=(200, 2000), learning_rate=learning_rate
     )
     if options.head_warmup != "auto":
         return options
@@ -127,13 +130,12 @@ def require_targets(experiment: Experiment) -> None:
         )
 
 
-def make_pretext(experiment: Experiment, backbone: backbones.Backbone, seeds: Seeds) -> tuple[Pretext, bool]:
+def make_pretext(options: MethodOptions, backbone: backbones.Backbone, seeds: Seeds) -> tuple[Pretext, bool]:
     """The pretext task for a backbone, and whether its head came trained with the backbone.
 
     Raises:
         ConfigError: The backbone lacks what the task needs.
     """
-    options = experiment.pretext
     method = PRETEXTS.get(options.name)
     lacking = method.needs - backbone.spec.capabilities
     if lacking:

@@ -229,7 +229,9 @@ def _mistakes(model: type[BaseModel], values: Any, errors: Sequence[ErrorDetails
 
 def _location(values: Any, error: ErrorDetails) -> Location:
     """The field of a mistake, without what pydantic adds for the members of unions."""
-    parts = [part for index, part in enumerate(error["loc"]) if not (index == 1 and error["loc"][0] in _METHODS)]
+    parts = list(error["loc"])
+    if len(parts) > 1 and parts[0] in _METHODS and parts[1] in _METHODS[parts[0]].names():
+        del parts[1]
     for depth, part in enumerate(parts):
         try:
             values = values[part]

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from medtpp import backbones
-from medtpp.config import Experiment
+from medtpp.config import TUNERS, Experiment
 from medtpp.data.augment import resolve as resolve_augment
 from medtpp.data.cache import ImageCache, build
 from medtpp.data.case import Case, Dataset, ImageRecord, Problem
@@ -68,13 +68,20 @@ class Prepared:
         return Fingerprints.of(cases, self.records)
 
 
-def prepare(experiment: Experiment, *, split_file: Path | None = None, progress: Progress | None = None) -> Prepared:
+def prepare(
+    experiment: Experiment,
+    *,
+    split_file: Path | None = None,
+    all_test: bool = False,
+    progress: Progress | None = None,
+) -> Prepared:
     """Read, decode, check and split the data of an experiment. Nothing but the image cache is written.
 
     Args:
         experiment: As written by the user.
         split_file: A whole split that was kept, taken in place of a new one if the file exists. A draw of
             `data.labels` is made anew from it, by name.
+        all_test: Take all labelled cases as test cases, whatever split is prescribed: data of another hospital.
         progress: Called with images decoded so far and in all.
 
     Raises:
@@ -83,6 +90,8 @@ def prepare(experiment: Experiment, *, split_file: Path | None = None, progress:
     """
     seeds = Seeds(experiment.seed)
     dataset = read_dataset(experiment.data)
+    if all_test:
+        dataset = dataset.with_cases(tuple(replace(case, split=None) for case in dataset.cases))
     unlabelled = read_unlabelled(experiment.data.unlabelled) if experiment.data.unlabelled else ()
     backbone = backbones.load(experiment.backbone, image_size=_given(experiment.data.image_size))
     preprocessing = _preprocessing(experiment, backbone, [case.image for case in dataset.cases])
@@ -92,20 +101,22 @@ def prepare(experiment: Experiment, *, split_file: Path | None = None, progress:
     raise_errors(dataset, problems)
 
     data = experiment.data
-    if split_file is not None and split_file.is_file():
+    if all_test:
+        whole = {case.id: "test" for case in dataset.cases if case.labelled}
+    elif split_file is not None and split_file.is_file():
         whole = read_split(split_file, dataset)
     else:
         whole = make_split(
             dataset, records, seeds=seeds, val_fraction=data.val_fraction, test_fraction=data.test_fraction
         )
-    split = whole if data.labels == "all" else draw_labels(dataset, whole, data.labels, seeds)
+    split = whole if all_test or data.labels == "all" else draw_labels(dataset, whole, data.labels, seeds)
     seen, excluded = tpp_cases(dataset, records, whole, unlabelled)
     if experiment.tpp.transductive:
         seen += [case for case in dataset.cases if whole.get(case.id) in ("val", "test")]
 
     train = sum(part == "train" for part in split.values())
     resolved = _resolve(experiment, preprocessing, backbone, train, len(seen))
-    warnings = [*problems, *split_problems(dataset, split)]
+    warnings = [*problems, *([] if all_test else split_problems(dataset, split))]
     return Prepared(
         experiment=resolved,
         dataset=dataset,
@@ -149,10 +160,10 @@ def _resolve(
             "augment": resolve_augment(experiment.data.augment, experiment.data.modality),
         }
     )
-    tpp = experiment.tpp
+    rate, tpp = TUNERS.get(experiment.tuner.name).learning_rate, experiment.tpp
     if tpp.enabled:
         require_targets(experiment)
-        _, trained_head = make_pretext(experiment, backbone, Seeds(experiment.seed))
-        tpp = resolve_tpp(experiment, seen, trained_head=trained_head)
-    finetune = resolve_finetune(experiment, train)
+        _, trained_head = make_pretext(experiment.pretext, backbone, Seeds(experiment.seed))
+        tpp = resolve_tpp(tpp, images=seen, learning_rate=rate, trained_head=trained_head)
+    finetune = resolve_finetune(experiment.finetune, cases=train, learning_rate=rate)
     return experiment.model_copy(update={"data": data, "tpp": tpp, "finetune": finetune})

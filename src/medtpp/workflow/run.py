@@ -21,7 +21,6 @@ from medtpp.adapter import load_adapter, read_card, refuse_overlap
 from medtpp.backbones.folder import seen_by
 from medtpp.config import TUNERS, Experiment
 from medtpp.data.case import Case
-from medtpp.data.fingerprints import Fingerprints
 from medtpp.data.split import write_split
 from medtpp.errors import ConfigError
 from medtpp.evaluation import Evaluation, evaluate, positive_class, write_predictions
@@ -63,6 +62,7 @@ def open_run(
     out: Path,
     *,
     adapter: Path | None = None,
+    all_test: bool = False,
     resume: bool = False,
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
@@ -75,6 +75,7 @@ def open_run(
         experiment: As written by the user.
         out: The output folder.
         adapter: An adapter folder that the run will read.
+        all_test: Take all labelled cases as test cases.
         resume: Go on with what the folder holds.
         overwrite: Replace what the folder holds.
         progress: Called with images decoded so far and in all.
@@ -88,7 +89,7 @@ def open_run(
     reads = [experiment.data.path, *experiment.data.unlabelled, Path(backbone.name), Path(backbone.weights)]
     refuse_folder(out, [*reads, *([adapter] if adapter else [])], resume=resume, overwrite=overwrite)
     kept = None if overwrite else out / "split.csv"
-    prepared = prepare(experiment, split_file=kept, progress=progress)
+    prepared = prepare(experiment, split_file=kept, all_test=all_test, progress=progress)
     refuse_overlap(f"The backbone {backbone.name}", seen_by(backbone).overlap(prepared.cases("test"), prepared.records))
     if overwrite:
         prepare_folder(out, overwrite=True)
@@ -178,9 +179,9 @@ def finetune_stage(prepared: Prepared, folder: Path, tell: Tell, *, start: Path 
             )
         seen = card.trained_on
         if card.tpp is not None and not card.tpp.transductive:
-            seen = _union(seen, card.tpp.fingerprints)
+            seen |= card.tpp.fingerprints
         refuse_overlap(f"The adapter {start}", seen.overlap(test, prepared.records))
-        trained_on = _union(trained_on, card.trained_on)
+        trained_on |= card.trained_on
     inputs = FinetuneInputs(
         experiment=prepared.experiment,
         preprocessing=prepared.preprocessing,
@@ -254,7 +255,7 @@ def _key(prepared: Prepared, *sections: str) -> dict[str, Any]:
     shared = ("seed", "backbone", "tuner", *sections)
     data = {name: values["data"][name] for name in ("modality", "augment", "multilabel")}
     return {name: values[name] for name in shared} | {
-        "weights": prepared.backbone_sha256,
+        "backbone weights": prepared.backbone_sha256,
         "data": data,
         "preprocessing": prepared.preprocessing.model_dump(mode="json"),
     }
@@ -263,10 +264,3 @@ def _key(prepared: Prepared, *sections: str) -> dict[str, Any]:
 def _content(prepared: Prepared, cases: Iterable[Case]) -> str:
     """One hash of what some cases are: names, labels, pixels."""
     return digest(*(f"{case.id}|{case.labels}|{prepared.records[case.id].fingerprint}" for case in cases))
-
-
-def _union(first: Fingerprints, second: Fingerprints) -> Fingerprints:
-    return Fingerprints(
-        images=tuple(sorted({*first.images, *second.images})),
-        patients=tuple(sorted({*first.patients, *second.patients})),
-    )

@@ -1,0 +1,436 @@
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image, ImageOps
+
+import medtpp.workflow.run as workflow
+from medtpp.data.split import read_split
+from medtpp.errors import ConfigError, OutputError
+from medtpp.workflow.experiment import load_experiment
+from medtpp.workflow.prepare import prepare
+from medtpp.workflow.steps import refuse_folder, step
+from runs import (
+    RESULTS,
+    adapter_folder,
+    backbone_folder,
+    cli,
+    data_folder,
+    done,
+    other_folder,
+    other_weights,
+    pool_folder,
+    refused,
+    run_folder,
+    same_files,
+    settings,
+)
+
+TPP_OFF = ("tpp.enabled=false", "finetune.steps=2")
+
+
+def experiment(*more, data=None, unlabelled=()):
+    return load_experiment(data or data_folder(), settings(*more)[1::2], unlabelled)
+
+
+def split_of(folder):
+    """Case ids by split, as a run wrote them."""
+    parts = {"train": set(), "val": set(), "test": set()}
+    for line in (folder / "split.csv").read_text().splitlines()[1:]:
+        case, split, *_ = line.split(",")
+        parts[split].add(case)
+    return parts
+
+
+def with_rows(folder, rows):
+    """The data set with other rows in its manifest."""
+    shutil.copytree(data_folder() / "images", folder / "images")
+    (folder / "manifest.csv").write_text("\n".join(rows) + "\n")
+    return folder
+
+
+def manifest():
+    return (data_folder() / "manifest.csv").read_text().splitlines()
+
+
+# Resuming
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """A run that was killed in the middle of TPP, with its command."""
+    folder = tmp_path_factory.mktemp("killed") / "run"
+    sets = settings("tpp.steps=60", "tpp.checkpoint_every=2", "tuner.rank=2")
+    command = ["run", str(data_folder()), "--modality", "xray", *sets]
+    code = "from medtpp.cli import main; main()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *command, "--out", str(folder)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    try:
+        deadline = time.monotonic() + 240
+        while not (folder / "tpp" / "resume.pt").exists():
+            assert process.poll() is None, process.stdout.read().decode()
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+    finally:
+        process.kill()
+        process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert not (folder / "tpp" / "complete.json").exists()
+    return folder, command
+
+
+def test_a_killed_run_ends_in_the_same_bits(killed, tmp_path):
+    folder, command = killed
+    assert "--resume" in refused(*command, "--out", folder)
+    assert "no adapter folder" in refused(
+        "predict", folder / "tpp" / "adapter", data_folder() / "images", "-o", "x.csv"
+    )
+    shutil.copytree(folder, tmp_path / "killed")
+    done(*command, "--out", tmp_path / "killed", "--resume")
+    done(*command, "--out", tmp_path / "whole")
+    same_files(tmp_path / "killed", tmp_path / "whole", RESULTS)
+    assert not list((tmp_path / "killed").rglob("resume.pt"))
+
+
+def test_a_broken_resume_file_is_named(killed, tmp_path):
+    folder, command = killed
+    shutil.copytree(folder, tmp_path / "run")
+    resume = tmp_path / "run" / "tpp" / "resume.pt"
+    resume.write_bytes(resume.read_bytes()[:1000])
+    said = refused(*command, "--out", tmp_path / "run", "--resume")
+    assert "resume.pt cannot be read" in said
+    assert "Delete it" in said
+
+
+def test_a_changed_experiment_is_not_gone_on_with(killed, tmp_path):
+    folder, command = killed
+    shutil.copytree(folder, tmp_path / "run")
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    changes = ["--set", "tpp.steps=61", "--set", "data.labels=20", "--set", "hardware.threads=1"]
+    said = refused(*command, *changes, "--out", tmp_path / "run", "--resume")
+    assert "tpp.steps: 60 there, 61 now" in said
+    assert "data.labels: all there, 20 now" in said
+    assert "threads" not in said  # the machine may change
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+
+
+def test_changed_labels_are_not_gone_on_with(tmp_path):
+    rows = manifest()
+    data = with_rows(tmp_path / "data", rows)
+    done("finetune", data, "--out", tmp_path / "run", *settings(*TPP_OFF))
+    train = next(case for case in sorted(split_of(tmp_path / "run")["train"]))
+    row = next(row for row in rows if row.startswith(train))
+    other = row.replace("lesion", "normal") if "lesion" in row else row.replace("normal", "lesion")
+    (data / "manifest.csv").write_text("\n".join(other if line == row else line for line in rows))
+    said = refused("finetune", data, "--out", tmp_path / "run", "--resume", *settings(*TPP_OFF))
+    assert "differing: training cases" in said
+
+
+def test_another_backbone_in_the_same_place_is_not_gone_on_with(tmp_path):
+    backbone = shutil.copytree(backbone_folder(), tmp_path / "backbone")
+    command = ("finetune", data_folder(), "--out", tmp_path / "run", *settings(*TPP_OFF, backbone=backbone))
+    done(*command)
+    other_weights(backbone)
+    assert "differing: backbone weights" in refused(*command, "--resume")
+
+
+def test_what_is_done_is_not_done_again(tmp_path, monkeypatch):
+    shutil.copytree(run_folder(), tmp_path / "run")
+    command = ["run", data_folder(), "--out", tmp_path / "run", "--modality", "xray", *settings()]
+    assert "is not empty" in refused(*command)
+
+    def never(*_):
+        raise AssertionError("this stage was done before")
+
+    monkeypatch.setattr(workflow, "run_tpp", never)
+    monkeypatch.setattr(workflow, "run_finetune", never)
+    said = done(*command, "--resume").text
+    assert "TPP was done before." in said
+    assert "Fine-tuning was done before." in said
+    same_files(tmp_path / "run", run_folder(), RESULTS)
+
+
+def test_an_adapter_is_whole_or_none(tmp_path, monkeypatch):
+    """Killed while it writes its adapter, a stage leaves nothing that passes for one, and can be gone on with."""
+    command = ["finetune", data_folder(), "--out", tmp_path / "run", *settings(*TPP_OFF)]
+    with monkeypatch.context() as patched:
+        write = workflow.write_json
+
+        def kill(path, value):
+            if path.name == "medtpp.json":
+                raise KeyboardInterrupt
+            write(path, value)
+
+        patched.setattr("medtpp.adapter.write_json", kill)
+        result = cli(*command)
+    assert result.status == 130
+    assert "--resume" in result.err
+    adapter = tmp_path / "run" / "finetune" / "adapter"
+    assert (adapter / "head.safetensors").exists()
+    assert "no adapter folder" in refused("predict", adapter, data_folder() / "images", "-o", tmp_path / "p.csv")
+    done(*command, "--resume")
+    done("predict", adapter, data_folder() / "images", "-o", tmp_path / "p.csv")
+
+
+# Output folders
+
+
+def test_overwrite_replaces_when_all_is_well_and_not_before(tmp_path):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "old.txt").write_text("precious")
+    command = ["finetune", data_folder(), "--out", out, "--overwrite"]
+    refused(*command, *settings("data.labels=1000"))
+    assert (out / "old.txt").read_text() == "precious"
+    done(*command, *settings(*TPP_OFF))
+    assert not (out / "old.txt").exists()
+
+
+def test_overwrite_does_not_delete_what_is_to_be_read(tmp_path):
+    data = with_rows(tmp_path / "data", manifest())
+    for out in (data, tmp_path):
+        assert "would delete" in refused("run", data, "--out", out, "--overwrite", *settings())
+        assert "would delete" in refused("pretrain", data / "images", "--out", out, "--overwrite")
+    assert (data / "manifest.csv").exists()
+    shutil.copytree(adapter_folder(), tmp_path / "run" / "adapter")
+    command = ["evaluate", data, "--adapter", tmp_path / "run" / "adapter", "--out", tmp_path / "run", "--overwrite"]
+    assert "would delete" in refused(*command)
+
+
+def test_resume_does_not_touch_other_folders(tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    said = refused("pretrain", pool_folder() / "images", "--out", tmp_path, "--resume", "--set", "steps=1")
+    assert "holds other things than a begun run" in said
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+def test_steps(tmp_path):
+    folder, made = tmp_path / "step", []
+
+    def work():
+        made.append(1)
+        (folder / "complete.json").write_text("{}")
+
+    assert step(folder, {"a": 1, "path": Path("x")}, work)
+    assert not step(folder, {"a": 1, "path": Path("x")}, work)
+    assert made == [1]
+    (folder / "complete.json").unlink()
+    assert step(folder, {"a": 1, "path": Path("x")}, work)
+    with pytest.raises(ConfigError, match=r"\(differing: a, b\)"):
+        step(folder, {"a": 2, "path": Path("x"), "b": 3}, work)
+    refuse_folder(folder, [tmp_path], resume=False, overwrite=True)  # what is read lies outside
+    with pytest.raises(OutputError, match="not empty"):
+        refuse_folder(folder, [], resume=False, overwrite=False)
+
+
+# What TPP sees
+
+
+def seen_by_tpp(monkeypatch, out, *arguments):
+    """Ids of the cases that TPP is given, and what the command says."""
+    seen = []
+
+    def spy(inputs, folder):
+        seen.extend(case.id for case in inputs.data.cases)
+        raise OutputError("enough")
+
+    monkeypatch.setattr(workflow, "run_tpp", spy)
+    said = refused("tpp", *arguments, "--out", out, *settings())
+    assert "enough" in said, said
+    return seen, said
+
+
+def test_tpp_sees_training_images_alone(tmp_path, monkeypatch):
+    seen, _ = seen_by_tpp(monkeypatch, tmp_path / "run", data_folder())
+    assert sorted(seen) == sorted(split_of(tmp_path / "run")["train"])
+    card = json.loads((run_folder() / "tpp" / "adapter" / "medtpp.json").read_text())
+    prepared = prepare(experiment())
+    held_out = {prepared.records[case.id].fingerprint for case in prepared.cases("val", "test")}
+    assert held_out.isdisjoint(card["tpp"]["fingerprints"]["images"])
+    assert len(card["tpp"]["fingerprints"]["images"]) == len(seen)
+
+
+def test_tpp_uses_all_training_images_whatever_the_labels(tmp_path, monkeypatch):
+    seen, _ = seen_by_tpp(monkeypatch, tmp_path / "run", data_folder(), "--set", "data.labels=12")
+    assert sorted(seen) == sorted(split_of(tmp_path / "run")["train"])
+    prepared = prepare(experiment("data.labels=12"))
+    assert len(prepared.cases("train", "val")) == 12
+    assert {case.id for case in prepared.tpp} == set(seen)
+    more = prepare(experiment("data.labels=20"))
+    for part in ("train", "val"):
+        assert {case.id for case in prepared.cases(part)} <= {case.id for case in more.cases(part)}
+    assert prepared.cases("test") == more.cases("test")
+
+
+def test_copies_of_test_images_among_the_unlabelled_are_left_out(tmp_path, monkeypatch):
+    parts = split_of(run_folder())
+    pool = tmp_path / "pool"
+    pool.mkdir()
+    for split in ("test", "val", "train"):
+        case = min(parts[split])
+        Image.open(data_folder() / case).save(pool / f"{split}.bmp")  # the same pixels, other bytes
+    ImageOps.mirror(Image.open(data_folder() / min(parts["train"]))).save(pool / "new.png")
+    (pool / "broken.png").write_bytes(b"no image")
+    seen, said = seen_by_tpp(monkeypatch, tmp_path / "run", data_folder(), "--unlabelled", pool)
+    added = {case for case in seen if case.startswith("unlabelled:")}
+    assert added == {"unlabelled:pool/new.png", "unlabelled:pool/train.bmp"}
+    assert "3 unlabelled images are left out of TPP" in said
+
+
+def test_unlabelled_cases_of_test_patients_are_left_out(tmp_path, monkeypatch):
+    rows = manifest()
+    patient = {row.split(",")[0]: row.split(",")[2] for row in rows}
+    parts = split_of(run_folder())
+    # Three new images without a label: of a test patient, of a training patient, of somebody else.
+    names = {"images/t.png": patient[min(parts["test"])], "images/u.png": patient[min(parts["train"])]}
+    names["images/v.png"] = "somebody"
+    data = with_rows(tmp_path / "data", [*rows, *(f"{name},,{who}" for name, who in names.items())])
+    for level, name in enumerate(names):
+        Image.new("L", (32, 32), 50 * level).save(data / name)
+    seen, _ = seen_by_tpp(monkeypatch, tmp_path / "run", data)
+    assert split_of(tmp_path / "run") == parts
+    assert {name for name in names if name in seen} == {"images/u.png", "images/v.png"}
+
+
+# What was seen before is no test
+
+
+@pytest.fixture(scope="module")
+def leaky(tmp_path_factory):
+    """An adapter whose TPP saw all the data's images: they were the unlabelled ones beside another data set."""
+    folder = tmp_path_factory.mktemp("leaky")
+    command = ["--unlabelled", data_folder() / "images", *settings("tpp.steps=2")]
+    done("run", other_folder(), "--out", folder / "run", *command, "--set", "finetune.steps=2")
+    return folder / "run"
+
+
+def test_an_adapter_whose_tpp_saw_test_cases_is_refused(leaky, tmp_path):
+    said = refused(
+        "finetune", data_folder(), "--adapter", leaky / "tpp" / "adapter", "--out", tmp_path / "f", *settings()
+    )
+    assert "saw" in said
+    assert "test cases (same pixels or same patient)" in said
+    assert min(split_of(run_folder())["test"]) in said
+    assert not (tmp_path / "f" / "finetune").exists()
+    said = refused("evaluate", data_folder(), "--adapter", leaky / "finetune" / "adapter", "--out", tmp_path / "e")
+    assert "TPP of" in said
+    assert not (tmp_path / "e" / "evaluation").exists()
+
+
+def test_an_adapter_that_was_trained_on_test_cases_is_refused(tmp_path):
+    """With another seed, training cases of the run are test cases."""
+    command = [data_folder(), "--adapter", adapter_folder(), "--out", tmp_path / "x", *settings("seed=5")]
+    said = refused("evaluate", *command)
+    assert f"The adapter {adapter_folder()} saw" in said
+    assert f"The adapter {adapter_folder()} saw" in refused("finetune", *command, "--overwrite")
+
+
+def test_fine_tuning_twice_remembers_both(tmp_path):
+    """An adapter fine-tuned on one data set and then on another is no fair test on the first."""
+    brief = settings("finetune.steps=2")
+    done("finetune", data_folder(), "--out", tmp_path / "first", *brief)
+    start = tmp_path / "first" / "finetune" / "adapter"
+    done("finetune", other_folder(), "--adapter", start, "--out", tmp_path / "second", *brief)
+    adapter = tmp_path / "second" / "finetune" / "adapter"
+    said = refused("evaluate", data_folder(), "--adapter", adapter, "--out", tmp_path / "e", "--set", "seed=5")
+    assert f"The adapter {adapter} saw" in said
+
+
+def test_patients_are_known_again_in_other_images(tmp_path):
+    """The same patients with other pixels, in another file and under other names."""
+    rows = manifest()
+    data = tmp_path / "later"
+    (data / "images").mkdir(parents=True)
+    for row in rows[1:]:
+        name = row.split(",")[0]
+        ImageOps.mirror(Image.open(data_folder() / name)).save(data / name.replace("images/", "images/later-"))
+    (data / "list.csv").write_text("\n".join(row.replace("images/", "images/later-") for row in rows))
+    said = refused(
+        "evaluate", data / "list.csv", "--adapter", adapter_folder(), "--out", tmp_path / "e", "--set", "seed=5"
+    )
+    assert "same patient" in said
+
+
+def test_data_of_another_hospital_are_evaluated_whole(tmp_path):
+    """All labelled cases are test cases, and none of them may be one that was trained on."""
+    command = ("--adapter", adapter_folder(), "--all", "--out")
+    done("evaluate", other_folder(), *command, tmp_path / "e")
+    assert len((tmp_path / "e" / "evaluation" / "predictions.csv").read_text().splitlines()) == 41
+    alone = tmp_path / "alone.csv"
+    rows = [f"{path},{path.parent.name},test" for path in sorted(other_folder().glob("*/*.png"))]
+    alone.write_text("\n".join(["image,label,split", *rows]))
+    done("evaluate", alone, *command, tmp_path / "f")
+    assert "saw" in refused("evaluate", data_folder(), *command, tmp_path / "g")
+
+
+def test_a_backbone_that_saw_test_images_is_refused(tmp_path):
+    said = refused("run", pool_folder(), "--out", tmp_path / "run", "--modality", "xray", *settings())
+    assert f"The backbone {backbone_folder()} saw" in said
+    assert not list((tmp_path / "run").iterdir())  # so that the same command works when this is mended
+    assert "saw" in refused("evaluate", pool_folder(), "--adapter", adapter_folder(), "--out", tmp_path / "e")
+
+
+def test_transductive_tpp_is_allowed_and_flagged(tmp_path):
+    out = tmp_path / "run"
+    result = done(
+        "run", data_folder(), "--out", out, *settings("tpp.transductive=true", "tpp.steps=2", "finetune.steps=2")
+    )
+    for stage in ("tpp", "finetune"):
+        card = json.loads((out / stage / "adapter" / "medtpp.json").read_text())
+        assert card["tpp"]["transductive"] is True
+        assert card["tpp"]["images"] == sum(map(len, split_of(out).values()))
+        assert "Transductive" in (out / stage / "adapter" / "README.md").read_text()
+    notes = json.loads((out / "evaluation" / "evaluation.json").read_text())["notes"]
+    count = len(split_of(out)["test"])
+    assert f"Transductive: TPP saw {count} of the test images, without their labels." in notes
+    assert "Transductive" in result.out
+
+
+# Experiments
+
+
+def test_a_run_from_its_own_experiment_file_has_the_same_bits(tmp_path):
+    done("run", run_folder() / "experiment.yaml", "--out", tmp_path / "again")
+    same_files(tmp_path / "again", run_folder(), (*RESULTS, "experiment.yaml"))
+
+
+def test_init_resolves_to_itself(tmp_path):
+    file = tmp_path / "experiment.yaml"
+    done("init", data_folder(), "--output", file, "--modality", "xray", *settings())
+    assert file.read_bytes() == (run_folder() / "experiment.yaml").read_bytes()
+    written = load_experiment(file)
+    assert prepare(written).experiment == written
+    assert "auto" not in [written.tpp.head_warmup, written.tpp.checkpoint_every, written.finetune.validate_every]
+    assert "exists" in refused("init", data_folder(), "--output", file)
+
+
+def test_a_kept_split_is_taken(tmp_path):
+    prepared = prepare(experiment())
+    rows = (run_folder() / "split.csv").read_text().splitlines()
+    swapped = [row.replace(",val,", ",VAL,").replace(",test,", ",val,").replace(",VAL,", ",test,") for row in rows]
+    (tmp_path / "split.csv").write_text("\n".join(swapped))
+    other = prepare(experiment(), split_file=tmp_path / "split.csv")
+    assert other.cases("test") == prepared.cases("val")
+    assert read_split(tmp_path / "split.csv", prepared.dataset) == other.whole_split
+
+
+def test_a_moved_data_set_can_be_gone_on_with(tmp_path):
+    shutil.copytree(run_folder(), tmp_path / "run")
+    data = with_rows(tmp_path / "moved", manifest())
+    said = done("run", data, "--out", tmp_path / "run", "--resume", "--modality", "xray", *settings()).text
+    assert "Fine-tuning was done before." in said
+
+
+def test_finetuning_asks_for_the_backbone_of_its_start(tmp_path):
+    start = run_folder() / "tpp" / "adapter"
+    other = ("backbone.name=test_vit", "backbone.weights=random", "data.image_size=32")
+    said = refused("finetune", data_folder(), "--adapter", start, "--out", tmp_path / "f", *settings(*other))
+    assert f"belongs to the backbone {backbone_folder()}" in said
+    said = refused("finetune", data_folder(), "--adapter", start, "--out", tmp_path / "g", *settings("tuner=ssf"))
+    assert "was made otherwise than this experiment says" in said
