@@ -10,9 +10,9 @@ import functools
 import re
 import textwrap
 import types
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -143,11 +143,12 @@ def _rows(model: type[BaseModel], prefix: str = "") -> Iterator[list[str]]:
 
 
 def _values(field: FieldInfo) -> str:
+    return ", ".join([_kind(field.annotation), *_bounds(field.metadata)])
+
+
+def _bounds(metadata: Iterable[Any]) -> list[str]:
     signs = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<", "multiple_of": "a multiple of", "min_length": "at least"}
-    bounds = [
-        f"{sign} {getattr(item, key)}" for item in field.metadata for key, sign in signs.items() if hasattr(item, key)
-    ]
-    return ", ".join([_kind(field.annotation), *bounds])
+    return [f"{sign} {getattr(item, key)}" for item in metadata for key, sign in signs.items() if hasattr(item, key)]
 
 
 def _kind(annotation: Any) -> str:
@@ -160,6 +161,9 @@ def _kind(annotation: Any) -> str:
         types.NoneType: "",
     }
     origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        inner = [part for item in arguments[1:] for part in _bounds(getattr(item, "metadata", [item]))]
+        return ", ".join([_kind(arguments[0]), *inner])
     if origin is Literal:
         return ", ".join(f"`{value}`" for value in arguments)
     if origin in (Union, types.UnionType):

@@ -77,15 +77,15 @@ class TimmViT(Backbone):
             x: Tensor = embed(self.normalise(images))
             return x
         self._check_size(images)
-        (height, width), grid = self.spec.patch, self.spec.grid
-        patches = images.unflatten(3, (-1, width)).unflatten(2, (-1, height)).permute(0, 2, 4, 1, 3, 5)
+        (height, width), (rows, columns) = self.spec.patch, self.spec.grid
+        patches = images.reshape(len(images), -1, rows, height, columns, width).permute(0, 2, 4, 1, 3, 5)
         cases = torch.arange(len(keep), device=keep.device)[:, None]
-        visible = patches[cases, keep // grid[1], keep % grid[1]]  # (B, K, C, p, p)
+        visible = patches[cases, keep // columns, keep % columns]  # (B, K, C, p, p)
         tokens = embed.proj(self._standardise(visible.flatten(0, 1)))  # each an image of one patch: (B*K, D, 1, 1)
         tokens = embed.norm(tokens.flatten(1).unflatten(0, keep.shape))  # (B, K, D)
         index = keep[..., None].expand_as(tokens)
-        x = tokens.new_zeros(len(keep), math.prod(grid), tokens.shape[-1]).scatter(1, index, tokens)
-        return x if embed.flatten else x.unflatten(1, grid)
+        x = tokens.new_zeros(len(keep), rows * columns, tokens.shape[-1]).scatter(1, index, tokens)
+        return x if embed.flatten else x.reshape(len(x), rows, columns, -1)
 
 
 @BACKBONES.register("timm_vit")
