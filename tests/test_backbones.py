@@ -278,3 +278,24 @@ def test_find_tells_what_it_looked_for():
         backbones.find(nn.Linear(2, 2), (48, 48))
     with pytest.raises(ConfigError, match="holds 2 backbones"):
         backbones.find(Classifier(make("vit"), make("eva")), (48, 48))
+
+
+def test_training_attention_is_chosen_where_it_pays_and_put_back():
+    blocks = backbones.load("vit_tiny_patch16_224", weights="random", image_size=32).encoder.blocks
+    tokens = torch.zeros(1, 5, 192)
+
+    def fused():
+        return {block.attn.fused_attn for block in blocks}
+
+    assert fused() == {True}
+    with backbones.training_attention(blocks, tokens):
+        assert fused() == {True}, "float32 has a quick kernel"
+    with torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad(), backbones.training_attention(blocks, tokens):
+            assert fused() == {True}, "nothing goes backward"
+        with backbones.training_attention(blocks, torch.zeros(1, 601, 192)):
+            assert fused() == {True}, "long sequences would take too much memory"
+        with pytest.raises(KeyboardInterrupt), backbones.training_attention(blocks, tokens):
+            assert fused() == {False}
+            raise KeyboardInterrupt
+    assert fused() == {True}

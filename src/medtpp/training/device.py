@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from lightning.fabric import Fabric
+from lightning_utilities.core import rank_zero
 
 from medtpp.config import HardwareOptions, LoggingOptions
 from medtpp.errors import ConfigError
@@ -90,13 +91,12 @@ def make_fabric(hardware: HardwareOptions, log_to: LoggingOptions, folder: Path 
 
 def quiet_fabric(**arguments: Any) -> Fabric:
     """A fabric that does not announce its precision; `medtpp doctor` tells it to whoever wants to know."""
-    chatty = logging.getLogger("lightning.fabric")
-    level = chatty.level
-    chatty.setLevel(logging.WARNING)
+    level = rank_zero.log.level  # of the logger that lightning's packages share
+    rank_zero.log.setLevel(logging.WARNING)
     try:
         return Fabric(**arguments)
     finally:
-        chatty.setLevel(level)
+        rank_zero.log.setLevel(level)
 
 
 def _loggers(options: LoggingOptions, folder: Path) -> list[Any]:

@@ -68,7 +68,7 @@ class StageData:
 
 def to_unit(images: Tensor) -> Tensor:
     """uint8 levels to float32 in [0, 1]; floats stay as they are."""
-    return images.float() / 255 if images.dtype == torch.uint8 else images.float()
+    return images.float().div_(255) if images.dtype == torch.uint8 else images.float()
 
 
 @dataclass

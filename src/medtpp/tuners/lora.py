@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager
 from typing import Any, ClassVar, Literal, get_args
 
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from pydantic import Field
 from torch import Tensor
 
@@ -34,6 +35,10 @@ class PeftBackbone(TunedBackbone):
         super().__init__(source)
         with seeds.scope("tuner"):
             peft_model: PeftModel = get_peft_model(source.encoder, config)
+        for layer in peft_model.modules():
+            if isinstance(layer, BaseTunerLayer):
+                # Autocast chooses the types already; peft would cast each input to float32 and back.
+                layer.cast_input_dtype_enabled = False
         # The PeftModel holds the same encoder: not a submodule of its own, or every weight would be named twice.
         self._peft = [peft_model]
         self._own({name: p for name, p in peft_model.named_parameters() if p.requires_grad})

@@ -1,0 +1,258 @@
+"""The same pretext training twice: with medtpp, and with transformers, peft and Trainer by an experienced user."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from _common import Clock, Sizes
+from medtpp import backbones, tuners
+from medtpp.config import PRETEXTS, TASKS, TUNERS, AugmentOptions, HardwareOptions, LoggingOptions
+from medtpp.data.augment import Augmenter
+from medtpp.data.batches import BatchStream
+from medtpp.data.cache import build
+from medtpp.data.case import Case
+from medtpp.data.preprocess import Preprocessing
+from medtpp.seeds import Draws, Seeds
+from medtpp.training.device import make_fabric
+from medtpp.training.finetune import SupervisedModule
+from medtpp.training.loop import Group, Schedule, fit
+from medtpp.training.stage import PretextModule
+
+warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # about itself
+
+SEEDS = Seeds(0)
+RATE = 1e-3
+MEAN, STD = (0.5,) * 3, (0.5,) * 3  # timm's, of the architecture
+CROP_MIN = AugmentOptions().crop_min
+
+
+def pixels(sizes: Sizes) -> Tensor:
+    """(B, 3, S, S) uint8, one fixed batch."""
+    return torch.randint(
+        0, 256, (sizes.batch, 3, sizes.image_size, sizes.image_size), dtype=torch.uint8, generator=SEEDS.generator("x")
+    )
+
+
+class Medtpp:
+    """LoRA on a timm ViT, trained by `fit`.
+
+    Args:
+        sizes: Of everything.
+        supervised: Classification in place of MAE.
+        augment: As the stages do.
+    """
+
+    def __init__(self, sizes: Sizes, *, supervised: bool = False, augment: bool = False) -> None:
+        self.sizes = sizes
+        backbone = backbones.load(sizes.architecture, weights="random", image_size=sizes.image_size)
+        self.tuned = tuners.attach(backbone, TUNERS.get("lora").Options(rank=sizes.rank), seed=SEEDS)
+        augmenter = Augmenter(AugmentOptions(), "xray") if augment else None
+        if supervised:
+            options = TASKS.get("classification").Options()
+            self.head = TASKS.get("classification")(options, backbone.spec, ("no", "yes"), False, SEEDS)
+            self.module: nn.Module = SupervisedModule(self.tuned, self.head, augmenter)
+        else:
+            options = PRETEXTS.get("mae").Options(
+                mask_ratio=sizes.mask_ratio, decoder_depth=sizes.decoder_depth, decoder_width=sizes.decoder_width
+            )
+            self.head = PRETEXTS.get("mae")(options, backbone.spec, SEEDS)
+            self.module = PretextModule(self.tuned, self.head, augmenter)
+
+    def train(self, steps: int, clock: Clock, stream: BatchStream | None = None) -> None:
+        """Train from where it is, on one fixed batch unless a stream is given."""
+        sizes = self.sizes
+        fabric = make_fabric(HardwareOptions(accelerator=sizes.device, precision=sizes.precision), LoggingOptions())
+        groups = [
+            Group("tuner", self.tuned.targets, RATE),
+            Group("head", dict(self.head.named_parameters()), RATE),
+        ]
+        with contextlib.redirect_stderr(io.StringIO()):  # progress
+            fit(
+                fabric,
+                self.module,
+                groups,
+                stream or self.fixed(),
+                Schedule(steps),
+                after_step=lambda done, total: clock.step(done),  # noqa: ARG005
+            )
+
+    def fixed(self) -> BatchStream:
+        """The same images in every step."""
+        count = np.arange(self.sizes.batch)
+        targets = torch.arange(self.sizes.batch) % 2
+        return BatchStream(pixels(self.sizes).numpy(), count, count, targets, self.sizes.batch, SEEDS)
+
+    def from_files(self, files: Sequence[Path], folder: Path) -> BatchStream:
+        """Decode the files into a cache in `folder`: grey, as `medtpp` finds them to be."""
+        cases = [Case(id=path.name, image=path) for path in files]
+        cache = build(cases, Preprocessing(image_size=self.sizes.image_size, channels=1), folder)
+        rows = np.array([cache.row[case.id] for case in cases])
+        return BatchStream(cache.images, rows, rows, None, self.sizes.batch, SEEDS)
+
+
+class Transformers:
+    """peft's LoRA on `ViTMAEForPreTraining`, trained by `Trainer`."""
+
+    def __init__(self, sizes: Sizes) -> None:
+        from peft import LoraConfig, get_peft_model
+        from transformers import ViTMAEConfig, ViTMAEForPreTraining
+
+        self.sizes = sizes
+        config = ViTMAEConfig(
+            hidden_size=sizes.width,
+            num_hidden_layers=sizes.depth,
+            num_attention_heads=sizes.heads,
+            intermediate_size=4 * sizes.width,
+            image_size=sizes.image_size,
+            patch_size=sizes.patch,
+            decoder_hidden_size=sizes.decoder_width,
+            decoder_num_hidden_layers=sizes.decoder_depth,
+            decoder_num_attention_heads=sizes.decoder_width // 32,
+            decoder_intermediate_size=4 * sizes.decoder_width,
+            mask_ratio=sizes.mask_ratio,
+            norm_pix_loss=True,
+        )
+        network: Any = ViTMAEForPreTraining(config)
+        linear = [name for name, module in network.vit.named_modules() if isinstance(module, nn.Linear)]
+        lora = LoraConfig(r=sizes.rank, lora_alpha=16, target_modules=[f"vit.{name}" for name in linear])
+        self.network = network
+        self.model: Any = get_peft_model(network, lora)
+        for name, parameter in network.decoder.named_parameters():
+            parameter.requires_grad_(not name.endswith("pos_embed"))
+
+    def train(
+        self,
+        steps: int,
+        clock: Clock,
+        data: torch.utils.data.Dataset[Any] | None = None,
+        workers: int = 0,
+    ) -> None:
+        """Train from where it is, on one fixed batch unless a data set of single images is given."""
+        from transformers import Trainer, TrainerCallback, TrainingArguments
+
+        class Stamp(TrainerCallback):
+            def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+                clock.step(state.global_step)
+
+        sizes = self.sizes
+        with tempfile.TemporaryDirectory() as folder:
+            arguments = TrainingArguments(
+                output_dir=folder,
+                max_steps=steps,
+                per_device_train_batch_size=sizes.batch,
+                learning_rate=RATE,
+                lr_scheduler_type="cosine",
+                max_grad_norm=1.0,
+                bf16=sizes.precision == "bf16",
+                fp16=sizes.precision == "16",
+                use_cpu=sizes.device == "cpu",
+                dataloader_num_workers=workers,
+                dataloader_persistent_workers=workers > 0,
+                dataloader_pin_memory=sizes.device == "cuda",
+                remove_unused_columns=False,
+                logging_strategy="no",
+                save_strategy="no",
+                report_to=[],
+                disable_tqdm=True,
+            )
+            batch = {"pixel_values": (pixels(sizes).float() / 255 - MEAN[0]) / STD[0]}
+            fixed = data is None
+            trainer = Trainer(
+                model=self.model,
+                args=arguments,
+                train_dataset=_Count(steps * sizes.batch) if fixed else data,
+                data_collator=(lambda rows: batch) if fixed else _stack,  # noqa: ARG005
+                callbacks=[Stamp()],
+            )
+            with contextlib.redirect_stdout(io.StringIO()):  # its last line of figures
+                trainer.train()
+
+    def from_files(self, files: Sequence[Path]) -> torch.utils.data.Dataset[Any]:
+        """Files to tensors, each time anew, in the loader's workers."""
+        return _Files(files, self.sizes.image_size)
+
+
+class _Count(torch.utils.data.Dataset[int]):
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> int:
+        return index
+
+
+class _Files(torch.utils.data.Dataset[Tensor]):
+    def __init__(self, files: Sequence[Path], image_size: int) -> None:
+        from torchvision.transforms import v2
+
+        self.files = files
+        self.transform = v2.Compose(
+            [
+                v2.RandomResizedCrop(image_size, scale=(CROP_MIN, 1.0), antialias=True),
+                v2.ToImage(),
+                v2.ToDtype(torch.float32, scale=True),
+                v2.Normalize(MEAN, STD),
+            ]
+        )
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Tensor:
+        from PIL import Image
+
+        tensor: Tensor = self.transform(Image.open(self.files[index]).convert("RGB"))
+        return tensor
+
+
+def _stack(rows: list[Tensor]) -> dict[str, Tensor]:
+    return {"pixel_values": torch.stack(rows)}
+
+
+def check_work(sizes: Sizes) -> dict[str, dict[str, int]]:
+    """Counts of both sides' work, read off the networks and one forward pass."""
+    ours, theirs = Medtpp(sizes), Transformers(sizes)
+    images = pixels(sizes)[:1].float() / 255
+    with _seen(ours.tuned.encoder.blocks[0], ours.head.blocks[0]) as seen, torch.no_grad():
+        ours.head.loss(ours.tuned, images, Draws(torch.zeros(1, dtype=torch.int64)))
+    with _seen(theirs.network.vit.layers[0], theirs.network.decoder.decoder_layers[0]) as also_seen, torch.no_grad():
+        theirs.model(pixel_values=images)
+    trained = [(name, p.numel()) for name, p in theirs.model.named_parameters() if p.requires_grad]
+    return {
+        "medtpp": {
+            "frozen parameters": sum(value.numel() for value in ours.tuned.source_state().values()),
+            "target parameters": sum(p.numel() for p in ours.tuned.targets.values()),
+            "decoder parameters": sum(p.numel() for p in ours.head.parameters()),
+            "tokens in the encoder": seen[0],
+            "tokens in the decoder": seen[1],
+        },
+        "transformers": {
+            "frozen parameters": sum(p.numel() for n, p in theirs.network.vit.named_parameters() if "lora_" not in n),
+            "target parameters": sum(count for name, count in trained if "lora_" in name),
+            "decoder parameters": sum(count for name, count in trained if "lora_" not in name),
+            "tokens in the encoder": also_seen[0],
+            "tokens in the decoder": also_seen[1],
+        },
+    }
+
+
+@contextlib.contextmanager
+def _seen(*modules: nn.Module) -> Iterator[list[int]]:
+    """Numbers of tokens that go into each module."""
+    seen: list[int] = []
+    hooks = [module.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1])) for module in modules]
+    yield seen
+    for hook in hooks:
+        hook.remove()
