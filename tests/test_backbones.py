@@ -295,7 +295,7 @@ def test_training_attention_is_chosen_where_it_pays_and_put_back():
             assert fused() == {True}, "nothing goes backward"
         with backbones.training_attention(blocks, torch.zeros(1, 601, 192)):
             assert fused() == {True}, "long sequences would take too much memory"
-        with pytest.raises(KeyboardInterrupt), backbones.training_attention(blocks, tokens):
+        with pytest.raises(KeyboardInterrupt), backbones.training_attention(blocks, tokens):  # noqa: PT012
             assert fused() == {False}
             raise KeyboardInterrupt
     assert fused() == {True}
