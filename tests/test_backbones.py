@@ -11,8 +11,11 @@ from torch import nn
 
 from medtpp import backbones
 from medtpp.backbones.base import Features, hash_state
+from medtpp.backbones.folder import seen_by
 from medtpp.backbones.timm_vit import resample, wrap_vit
+from medtpp.config import PRETEXTS, BackboneOptions
 from medtpp.errors import ConfigError, DataError
+from medtpp.seeds import Seeds
 
 SMALL = {"embed_dim": 64, "depth": 3, "num_heads": 2, "num_classes": 0, "img_size": 48, "patch_size": 8}
 VIT, EVA = partial(VisionTransformer, **SMALL), partial(Eva, **SMALL)
@@ -299,3 +302,19 @@ def test_training_attention_is_chosen_where_it_pays_and_put_back():
             assert fused() == {False}
             raise KeyboardInterrupt
     assert fused() == {True}
+
+
+def test_the_default_backbone_comes_with_the_package():
+    options = BackboneOptions()
+    backbone = backbones.load(options)
+    assert (options.name, backbone.spec.image_size, backbone.spec.objective) == (
+        "medtpp_vit_tiny",
+        (128, 128),
+        "pixels",
+    )
+    mae = PRETEXTS.get("mae")
+    assert mae(mae.Options(), backbone.spec, Seeds(0)).load_head(backbone.pretext_heads["mae"])
+    assert len(seen_by(options).images) > 7000
+    larger = backbones.load(options, image_size=224)
+    assert larger.encode(torch.rand(1, 1, 224, 224)).patches.shape == (1, 196, 192)
+    assert larger.spec.sha256 == backbone.spec.sha256

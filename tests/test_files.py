@@ -131,6 +131,10 @@ def test_a_full_folder_is_refused_resumed_or_replaced(tmp_path):
         prepare_folder(folder)
     prepare_folder(folder, resume=True)
     assert (folder / "sub" / "log.csv").read_text() == "1"
+    with pytest.raises(OutputError, match=r"not made by medtpp"):
+        prepare_folder(folder, overwrite=True)
+    assert (folder / "sub" / "log.csv").is_file()
+    write_text(folder / "experiment.yaml", "")
     prepare_folder(folder, overwrite=True)
     assert list(folder.iterdir()) == []
 

@@ -100,6 +100,21 @@ class TestTuner:
         assert torch.equal(tokens(tuned, images), before)
         assert tuned.source_hash() == hash_before
 
+    def test_one_tuner_to_a_backbone(self, tuner, variant):
+        """An adapter folder holds one tuner: a second one would be lost without a word."""
+        plain = matrix.load(variant)
+        tuned = tuners.attach(plain, tuner)
+        for taken in (plain, tuned):
+            with pytest.raises(ConfigError, match="has a tuner already"):
+                tuners.attach(taken, tuner)
+
+    def test_a_merged_backbone_has_no_name_to_load_it_by(self, tuner, variant):
+        if not TUNERS.get(tuner).merges:
+            return
+        merged = matrix.attach(tuner, variant).merged()
+        assert (merged.options, merged.spec.sha256) == (None, "")
+        tuners.attach(merged, "ssf")
+
     def test_an_adapter_loads_to_the_same_bits(self, tuner, variant, images, tmp_path):
         tuned = moved(tuner, variant)
         save_adapter(tmp_path, tuned, matrix.card_of(tuner, variant))

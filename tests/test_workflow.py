@@ -6,12 +6,16 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
 import medtpp.workflow.run as workflow
+from medtpp.config import FinetuneOptions
 from medtpp.data.split import read_split
 from medtpp.errors import ConfigError, OutputError
+from medtpp.files import read_json, write_json
+from medtpp.training.finetune import resolve_finetune
 from medtpp.workflow.experiment import load_experiment
 from medtpp.workflow.prepare import prepare
 from medtpp.workflow.steps import refuse_folder, step
@@ -434,3 +438,51 @@ def test_finetuning_asks_for_the_backbone_of_its_start(tmp_path):
     assert f"belongs to the backbone {backbone_folder()}" in said
     said = refused("finetune", data_folder(), "--adapter", start, "--out", tmp_path / "g", *settings("tuner=ssf"))
     assert "was made otherwise than this experiment says" in said
+
+
+def test_the_positive_class_is_guessed_or_chosen(tmp_path):
+    for chosen, expected in (((), "lesion"), (("data.positive=normal",), "normal")):
+        folder = tmp_path / expected
+        done("run", data_folder(), "--out", folder, "--modality", "xray", *settings(*chosen))
+        assert read_json(folder / "evaluation" / "evaluation.json")["positive"] == expected
+    wrong = settings("data.positive=tumour")
+    assert "'tumour'" in refused("run", data_folder(), "--out", tmp_path / "no", "--modality", "xray", *wrong)
+
+
+def test_why_a_threshold_is_a_half_reaches_the_evaluation(tmp_path):
+    adapter = tmp_path / "adapter"
+    shutil.copytree(adapter_folder(), adapter)
+    card = read_json(adapter / "medtpp.json")
+    card["task"]["threshold_notes"] = ["The threshold of 'lesion' is 0.5: no case has this class."]
+    write_json(adapter / "medtpp.json", card)
+    done("evaluate", other_folder(), "--all", "--adapter", adapter, "--out", tmp_path / "e")
+    assert card["task"]["threshold_notes"][0] in read_json(tmp_path / "e" / "evaluation" / "evaluation.json")["notes"]
+
+
+def test_cases_added_after_a_split_are_not_dropped_without_a_word(tmp_path):
+    data, out = tmp_path / "data", tmp_path / "out"
+    shutil.copytree(other_folder(), data)
+    late = sorted(data.glob("*/*.png"))[0]
+    late.rename(tmp_path / late.name)
+    done("tpp", data, "--out", out, "--modality", "xray", *settings())
+    (tmp_path / late.name).rename(late)
+    said = refused("tpp", data, "--out", out, "--modality", "xray", "--resume", *settings())
+    assert "does not know 1 labelled cases" in said
+
+
+def test_tpp_shows_what_it_did():
+    with Image.open(run_folder() / "tpp" / "preview.png") as sheet:
+        assert (sheet.height, sheet.mode) == (3 * 32, "RGB")
+        assert sheet.width % 32 == 0
+        pixels = np.asarray(sheet, dtype=np.float64)
+    image, masked, restored = np.split(pixels, 3)
+    assert (masked == 128).all(axis=-1).mean() == pytest.approx(0.75, abs=0.02)
+    shown = (masked != 128).any(axis=-1)
+    assert np.abs(image - restored)[shown].max() <= 1
+
+
+def test_batches_divide_among_devices():
+    options = FinetuneOptions()
+    assert resolve_finetune(options, cases=25, learning_rate=1e-3, devices=2).batch_size == 26
+    with pytest.raises(ConfigError, match="does not divide"):
+        resolve_finetune(FinetuneOptions(batch_size=25), cases=25, learning_rate=1e-3, devices=2)

@@ -62,6 +62,7 @@ class TaskCard(Options):
     multilabel: bool
     positive: str | None = None
     thresholds: dict[str, float] = Field(default_factory=dict)
+    threshold_notes: tuple[str, ...] = ()
 
 
 class AdapterCard(Options):
@@ -139,7 +140,9 @@ def read_card(folder: Path) -> AdapterCard:
     """
     path = folder / CARD
     if not path.is_file():
-        raise WeightsError(f"{folder} is no adapter folder: it has no {CARD}. `medtpp run` writes one as RUN/adapter.")
+        raise WeightsError(
+            f"{folder} is no adapter folder: it has no {CARD}. `medtpp run` writes one as RUN/finetune/adapter."
+        )
     try:
         return AdapterCard.model_validate(read_json(path))
     except (ValidationError, ValueError) as error:
@@ -160,12 +163,13 @@ def load_adapter(folder: str | Path, *, backbone: str | BackboneOptions | None =
     card = read_card(folder)
     options = card.backbone.options
     if isinstance(backbone, str):
-        options = options.model_copy(update={"name": backbone})
+        field = "weights" if Path(backbone).is_file() else "name"
+        options = options.model_copy(update={field: backbone})
     elif backbone is not None:
         options = backbone
     try:
         source = backbones.load(options, image_size=card.backbone.image_size)
-    except ConfigError as error:
+    except (ConfigError, WeightsError) as error:
         raise WeightsError(
             f"The backbone of {folder} cannot be loaded. {error} Say where it is with --backbone."
         ) from error
@@ -202,12 +206,12 @@ def make_task(card: TaskCard, backbone: backbones.Backbone, seeds: Seeds) -> Tas
     return task
 
 
-def refuse_overlap(what: str, cases: list[str]) -> None:
+def refuse_overlap(what: str, cases: list[str], kind: str = "test") -> None:
     """Raise LeakageError if there are cases that were seen before."""
     if cases:
         shown = ", ".join(cases[:5]) + (f" and {len(cases) - 5} more" if len(cases) > 5 else "")
         raise LeakageError(
-            f"{what} saw {len(cases)} of the test cases (same pixels or same patient): {shown}. A test on them would "
+            f"{what} saw {len(cases)} of the {kind} cases (same pixels or same patient): {shown}. A test on them would "
             "flatter. Leave them out of the test, or train without them."
         )
 

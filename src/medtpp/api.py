@@ -18,6 +18,7 @@ import torch
 from lightning.fabric import Fabric
 from pydantic import ValidationError
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from medtpp import backbones
 from medtpp.adapter import Adapter, TaskCard, TPPCard, new_card, save_adapter
@@ -110,6 +111,8 @@ def tpp(
         check_range(images if isinstance(images, Tensor) else first, unit=isinstance(model, Backbone))
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in wanted)
+        if isinstance(model, TunedBackbone):
+            model.seen_channels = first.shape[1]
         model.eval()
         task, trained_head = make_pretext(pretext_options, backbone, seeds)
         module = PretextModule(backbone, task).to(device)
@@ -117,6 +120,8 @@ def tpp(
         for name, parameter in wanted.items():
             parameter.requires_grad_(name in reached)
         rate = TUNERS.get(model.tuner.name).learning_rate if isinstance(model, TunedBackbone) else 1e-3
+        if isinstance(images, DataLoader) and images.batch_size:
+            chosen = chosen.model_copy(update={"batch_size": images.batch_size})
         chosen = resolve_tpp(chosen, images=number_of_images, learning_rate=rate, trained_head=trained_head)
         warmup = number(chosen.head_warmup)
         stream = UserStream(images, None, number(chosen.batch_size), seeds)
@@ -179,6 +184,7 @@ def finetune(
     if len(classes) < 2:
         raise ConfigError(f"At least two classes are needed; the labels hold {', '.join(classes) or 'none'}.")
     check_range(images, unit=True)
+    model.seen_channels = images.shape[1]
     seeds = Seeds(seed)
     rate = TUNERS.get(model.tuner.name).learning_rate
     chosen = resolve_finetune(_options(FinetuneOptions, options), cases=len(images), learning_rate=rate)
@@ -211,7 +217,7 @@ def save(
     *,
     tpp: TPPRecord | None = None,
     modality: Modality = "unknown",
-    channels: int = 1,
+    channels: int | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Write an adapter folder that `load_adapter`, `predict` and the command line read.
@@ -222,13 +228,16 @@ def save(
         task: With its head, after `finetune`.
         tpp: What `tpp` gave, for the record.
         modality: Of the images.
-        channels: Of the images: 1 or 3.
+        channels: Of the images, 1 or 3; by default those of the images that `tpp` or `finetune` saw.
         overwrite: Replace what the folder holds.
 
     Raises:
         OutputError: The folder is not empty, or cannot be written.
         WeightsError: The backbone was wrapped in memory, so nobody else could load it.
     """
+    channels = channels or model.seen_channels
+    if channels is None:
+        raise ConfigError("Say how many channels the images have: medtpp.save(..., channels=1) for grey, 3 for colour.")
     preprocessing = Preprocessing.model_validate({"image_size": model.spec.image_size[0], "channels": channels})
     card = new_card(model, preprocessing, modality, seed=0)
     update: dict[str, Any] = {"tpp": tpp.card if tpp else None}

@@ -65,13 +65,18 @@ class DataOptions(Options):
     columns: ColumnOptions = ColumnOptions()
     multilabel: bool = Field(False, description="a case may have several labels, separated by label_separator")
     label_separator: str = Field(";", description="between the labels of a case")
+    positive: str | None = Field(
+        None, description="of two classes, the one that sensitivity is about; by default guessed from the names"
+    )
     exclude: list[str] = Field([], description="case ids or patterns (*.png) to leave out")
     unlabelled: list[Path] = Field([], description="folders of further images without labels, for TPP")
     modality: Modality = Field("unknown", description="decides which flips are allowed")
     image_size: Count | Auto = Field(
         "auto", description="side in pixels of what the backbone sees; auto: the backbone's own"
     )
-    channels: Literal["auto", 1, 3] = Field("auto", description="1 grey, 3 colour; auto: colour if any image has it")
+    channels: Literal["auto", 1, 3] = Field(
+        "auto", description="1 grey, 3 colour; auto: colour if one of 64 images has it"
+    )
     fit: Literal["stretch", "pad"] = Field("stretch", description="how an image is made square")
     val_fraction: float = Field(0.15, gt=0, lt=1, description="share of the training cases held out for validation")
     test_fraction: float = Field(

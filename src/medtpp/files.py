@@ -15,6 +15,8 @@ from typing import Any
 from medtpp.errors import OutputError
 
 MARKER = "complete.json"
+# One of these is in every folder that medtpp made, and --overwrite deletes no other.
+OWN = ("experiment.yaml", "inputs.json", "medtpp.json", "backbone.json")
 
 
 @contextmanager
@@ -85,6 +87,10 @@ def prepare_folder(folder: Path, *, resume: bool = False, overwrite: bool = Fals
         raise OutputError(f"{folder} is a file. Name a folder.")
     if folder.is_dir() and any(folder.iterdir()):
         if overwrite:
+            if not any((folder / name).is_file() for name in OWN):
+                raise OutputError(
+                    f"{folder} was not made by medtpp, so --overwrite does not touch it. Name another folder."
+                )
             shutil.rmtree(folder)
         elif not resume:
             raise OutputError(

@@ -36,7 +36,7 @@ class Spec:
         prefix: Class and register tokens before the patch tokens.
         pooling: What the network was trained with: "mean" or "cls".
         objective: What it was pre-trained for: "pixels" (MAE), "features" (DINO), "supervised" or "unknown".
-        capabilities: Of "drops_tokens", "dense", "inflates_3d".
+        capabilities: Of "drops_tokens" (can encode some of the patches alone) and "dense" (has a grid of tokens).
         source: Where the weights come from.
         sha256: Hash of the weights before any resampling of positions or patches.
     """
@@ -128,6 +128,7 @@ class Backbone(nn.Module, ABC):
         encoder: The bare network, which `peft` and other libraries know.
         pretext_heads: State of pretext heads that came with the weights, by name of the pretext task.
         options: What it was loaded by; None for a network that was wrapped in memory.
+        taken: Whether a tuner was attached to it.
     """
 
     spec: Spec
@@ -135,6 +136,7 @@ class Backbone(nn.Module, ABC):
     encoder: nn.Module
     pretext_heads: Mapping[str, Mapping[str, Tensor]]
     options: BackboneOptions | None
+    taken: bool
     mean: Tensor
     std: Tensor
 
@@ -145,6 +147,7 @@ class Backbone(nn.Module, ABC):
         self.layout = layout
         self.pretext_heads = {}
         self.options = None
+        self.taken = False
         self.register_buffer("mean", torch.tensor(spec.mean).view(-1, *[1] * spec.dims), persistent=False)
         self.register_buffer("std", torch.tensor(spec.std).view(-1, *[1] * spec.dims), persistent=False)
         self._source_names = tuple(encoder.state_dict())

@@ -156,6 +156,7 @@ class TimmViTFamily:
                 *(name, encoder.pretrained_cfg.get("mean"), encoder.pretrained_cfg.get("std")),
             )
         sha256 = hash_state(encoder.state_dict())
+        drop_unused(encoder)
         resample(encoder, image_size, options.patch_size)
         return wrap_vit(encoder, options.name, name, source, sha256, objective=objective)
 
@@ -174,6 +175,12 @@ class TimmViTFamily:
         backbone.mean.zero_()
         backbone.std.fill_(1.0)
         return backbone
+
+
+def drop_unused(encoder: Any) -> None:
+    """Take away what pools and classifies: `encode` does not call it, so that `full` could not train it."""
+    encoder.attn_pool = None
+    encoder.fc_norm = nn.Identity()
 
 
 def wrap_vit(
@@ -217,7 +224,7 @@ def wrap_vit(
         prefix=vit.num_prefix_tokens,
         pooling="mean" if objective == "pixels" or vit.cls_token is None or vit.global_pool == "avg" else "cls",
         objective=objective,
-        capabilities=frozenset({"drops_tokens", "dense", "inflates_3d"}),
+        capabilities=frozenset({"drops_tokens", "dense"}),
         source=source,
         sha256=sha256,
     )

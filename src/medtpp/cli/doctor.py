@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
+import typer
 from rich.table import Table
 
 from medtpp.cli._common import console
 
 
-def doctor() -> None:
+def doctor(
+    clear: Annotated[
+        bool, typer.Option("--clear-cache", help="Delete the image cache; it is made anew when needed.")
+    ] = False,
+) -> None:
     """Show versions, devices, the precision chosen and why, and the size of the image cache."""
     import os
     import platform
@@ -16,9 +23,11 @@ def doctor() -> None:
     import torch
 
     from medtpp.adapter import package_versions
-    from medtpp.data.cache import cache_root, cache_size
+    from medtpp.data.cache import cache_root, cache_size, clear_cache
     from medtpp.training.device import choose_accelerator, choose_precision
 
+    if clear:
+        clear_cache()
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="bold")
     table.add_column()

@@ -33,7 +33,9 @@ _TITLES = {
     "log_loss": "log loss",
 }
 _LONGEST_NAME = 18
-_NEGATIVE = frozenset({"0", "control", "false", "healthy", "neg", "negative", "no", "none", "norm", "normal"})
+_NEGATIVE = frozenset(
+    {"0", "absent", "benign", "control", "false", "healthy", "neg", "negative", "no", "nofinding", "none", "normal"}
+)
 
 
 @dataclass(frozen=True)
@@ -183,7 +185,9 @@ def positive_class(predictions: Predictions, positive: str | None = None) -> str
 
 
 def _is_negative(name: str) -> bool:
-    return name.lower() in _NEGATIVE or name.lower().startswith(("no_", "no ", "non"))
+    return name.lower() in _NEGATIVE or name.lower().startswith(
+        ("no_", "no ", "no-", "non_", "non-", "not_", "without")
+    )
 
 
 def _estimates(scored: Scored, groups: NDArray[np.int64], bootstrap: Bootstrap, n_patients: int) -> dict[str, Estimate]:

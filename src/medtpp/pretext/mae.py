@@ -45,7 +45,7 @@ class MAE(Pretext):
         self.patch = spec.patch
         self.channels = spec.channels
         self.num_patches = math.prod(spec.grid)
-        self.num_visible = max(1, round(self.num_patches * (1 - options.mask_ratio)))
+        self.num_visible = min(self.num_patches - 1, max(1, round(self.num_patches * (1 - options.mask_ratio))))
         with seeds.scope("pretext", "mae"):
             self.embed = nn.Linear(spec.width, width)
             self.mask_token = nn.Parameter(torch.randn(width) * 0.02)

@@ -36,6 +36,8 @@ def choose_precision(wanted: str, accelerator: str) -> tuple[str, str]:
     bfloat16 matrix products are several times faster than float32 where the processor has instructions for them, and
     slower where they are emulated, so `auto` looks.
     """
+    if wanted == "16" and accelerator != "cuda":
+        raise ConfigError("hardware.precision=16 needs a CUDA GPU. Use bf16, 32 or auto.")
     if wanted != "auto":
         return wanted, "as asked for"
     if accelerator == "cuda":
@@ -77,6 +79,8 @@ def make_fabric(hardware: HardwareOptions, log_to: LoggingOptions, folder: Path 
     """
     accelerator = choose_accelerator(hardware.accelerator)
     precision, _ = choose_precision(hardware.precision, accelerator)
+    if accelerator == "cuda" and hardware.devices > torch.cuda.device_count():
+        raise ConfigError(f"hardware.devices is {hardware.devices}; there are {torch.cuda.device_count()} GPUs here.")
     if hardware.threads != "auto":
         torch.set_num_threads(hardware.threads)
         os.environ["OMP_NUM_THREADS"] = str(hardware.threads)  # what the processes of several devices go by

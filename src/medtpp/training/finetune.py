@@ -79,16 +79,19 @@ def run_finetune(inputs: FinetuneInputs, folder: Path) -> StageResult:
     return launch(make_fabric(experiment.hardware, experiment.logging, folder), _train, inputs, folder)
 
 
-def resolve_finetune(options: FinetuneOptions, *, cases: int, learning_rate: float) -> FinetuneOptions:
+def resolve_finetune(
+    options: FinetuneOptions, *, cases: int, learning_rate: float, devices: int = 1
+) -> FinetuneOptions:
     """Answer the `auto` values: 30 passes over the cases within 200 to 2,000 steps.
 
     Args:
         options: As given.
         cases: How many there are to train on.
         learning_rate: The tuner's own.
+        devices: The batch size is a multiple of them.
     """
     options = resolve_stage(
-        options, passes=30, batch_size=32, cases=cases, limits=(200, 2000), learning_rate=learning_rate
+        options, passes=30, batch_size=32, cases=cases, limits=(200, 2000), learning_rate=learning_rate, devices=devices
     )
     if options.validate_every != "auto":
         return options
@@ -98,7 +101,9 @@ def resolve_finetune(options: FinetuneOptions, *, cases: int, learning_rate: flo
 def _train(fabric: Fabric, inputs: FinetuneInputs, folder: Path) -> StageResult:
     experiment, seeds = inputs.experiment, Seeds(inputs.experiment.seed)
     own_rate = TUNERS.get(experiment.tuner.name).learning_rate
-    options = resolve_finetune(experiment.finetune, cases=len(inputs.train), learning_rate=own_rate)
+    options = resolve_finetune(
+        experiment.finetune, cases=len(inputs.train), learning_rate=own_rate, devices=fabric.world_size
+    )
     rate, batch_size = float(options.learning_rate), number(options.batch_size)
     begun = _begin(inputs, seeds)
     tuned = begun.backbone
@@ -140,7 +145,12 @@ def _train(fabric: Fabric, inputs: FinetuneInputs, folder: Path) -> StageResult:
             inputs.val.cases, "val", task.probabilities(logits), inputs.classes, multilabel=inputs.multilabel
         )
         write_predictions(folder / "validation.csv", validation)
-        chosen = {"thresholds": choose_thresholds(validation).values, "positive": positive_class(validation)}
+        thresholds = choose_thresholds(validation)
+        chosen = {
+            "thresholds": thresholds.values,
+            "threshold_notes": thresholds.notes,
+            "positive": positive_class(validation, experiment.data.positive),
+        }
         card = begun.card.model_copy(
             update={"task": task_card.model_copy(update=chosen), "trained_on": inputs.fingerprints}
         )

@@ -163,10 +163,11 @@ def fit(
                 fabric.log_dict({key: value for key, value in row.items() if key != "step"}, step=done)
             progress.update(done, row)
             if folder and schedule.checkpoint_every and done % schedule.checkpoint_every == 0 and done < schedule.steps:
-                _finite(fabric, loss, done)  # or every resumed run would begin with what is broken
+                _check_finite(parameters, done)  # or every resumed run would begin with what is broken
                 state.save(folder / RESUME, done, record, fabric)
                 write_log(folder, record, fabric)
     state.restore_best(record)
+    _check_finite(parameters, schedule.steps)
     record.seconds = time.perf_counter() - began
     record.images_per_second = seen / max(record.seconds, 1e-9)
     record.waiting = (stream.waited - waited_before) / max(record.seconds, 1e-9)
@@ -224,6 +225,16 @@ def _finite(fabric: Fabric, loss: Tensor, step: int) -> float:
             "(--set hardware.precision=32); if it stays, look for broken images with `medtpp check`."
         )
     return value
+
+
+def _check_finite(parameters: dict[str, nn.Parameter], step: int) -> None:
+    broken = [name for name, parameter in parameters.items() if not bool(parameter.isfinite().all())]
+    if broken:
+        raise MedtppError(
+            f"{len(broken)} parameters are not finite after step {step}. Lower the learning rate, or compute in "
+            "float32 (--set hardware.precision=32).",
+            broken[:5],
+        )
 
 
 def _check_reached(parameters: dict[str, nn.Parameter], reached: set[str]) -> None:

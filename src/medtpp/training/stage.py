@@ -20,7 +20,7 @@ from medtpp.data.augment import Augmenter
 from medtpp.data.batches import BatchStream
 from medtpp.data.cache import ImageCache
 from medtpp.data.case import Case
-from medtpp.errors import MedtppError
+from medtpp.errors import ConfigError, MedtppError
 from medtpp.pretext.base import Pretext
 from medtpp.seeds import Draws, Seeds, name_key
 from medtpp.training.device import close_loggers
@@ -57,7 +57,15 @@ class StageData:
         """Batches for this process."""
         keys = np.array([name_key(case.id) for case in self.cases], dtype=np.int64)
         return BatchStream(
-            self.cache.images, self.rows, keys, self.targets, batch_size, seeds, fabric.global_rank, fabric.world_size
+            self.cache.images,
+            self.rows,
+            keys,
+            self.targets,
+            batch_size,
+            seeds,
+            fabric.global_rank,
+            fabric.world_size,
+            pin=fabric.device.type == "cuda",
         )
 
     def images(self, limit: int) -> Tensor:
@@ -73,7 +81,7 @@ def to_unit(images: Tensor) -> Tensor:
 
 @dataclass
 class StageResult:
-    """What a stage tells: written to `stage.json` as plain values.
+    """What a stage tells: written to `complete.json` as plain values.
 
     Attributes:
         steps, batch_size, learning_rate: As resolved.
@@ -143,13 +151,22 @@ def launch(fabric: Fabric, train: Callable[..., T], inputs: Any, folder: Path) -
 def _told(fabric: Fabric, train: Callable[..., T], inputs: Any, folder: Path) -> T | MedtppError:
     # An error that leaves a spawned process comes back as text; the user's message is to come back as it is.
     try:
-        return train(fabric, inputs, folder)
+        done: T | MedtppError = train(fabric, inputs, folder)
     except MedtppError as error:
-        return error
+        done = error
+    close_loggers(fabric, "failed" if isinstance(done, MedtppError) else "success")
+    return done
 
 
 def resolve_stage(
-    options: O, *, passes: float, batch_size: int, cases: int, limits: tuple[int, int], learning_rate: float
+    options: O,
+    *,
+    passes: float,
+    batch_size: int,
+    cases: int,
+    limits: tuple[int, int],
+    learning_rate: float,
+    devices: int = 1,
 ) -> O:
     """Answer the `auto` values that stages have in common; a second call changes nothing.
 
@@ -160,8 +177,16 @@ def resolve_stage(
         cases: How many there are.
         limits: Least and most steps of `auto`.
         learning_rate: What `learning_rate: auto` stands for.
+        devices: The batch size is a multiple of them.
+
+    Raises:
+        ConfigError: A given batch size is none.
     """
-    batch = min(batch_size, max(cases, 2)) if options.batch_size == "auto" else options.batch_size
+    batch = (
+        -(-min(batch_size, max(cases, 2)) // devices) * devices if options.batch_size == "auto" else options.batch_size
+    )
+    if batch % devices:
+        raise ConfigError(f"batch_size={batch} does not divide among hardware.devices={devices}. Use a multiple.")
     low, high = limits
     steps = min(high, max(low, round(passes * cases / batch))) if options.steps == "auto" else options.steps
     answers = {

@@ -21,7 +21,7 @@ from medtpp.data.augment import Augmenter
 from medtpp.data.fingerprints import Fingerprints
 from medtpp.data.preprocess import Preprocessing
 from medtpp.errors import ConfigError
-from medtpp.files import MARKER, write_json
+from medtpp.files import MARKER, atomic, write_json
 from medtpp.pretext.base import Pretext
 from medtpp.seeds import Seeds, name_key
 from medtpp.training.device import make_fabric
@@ -64,7 +64,9 @@ def _train(fabric: Fabric, inputs: TPPInputs, folder: Path) -> StageResult:
     backbone = backbones.load(experiment.backbone, image_size=inputs.preprocessing.image_size)
     pretext, trained_head = make_pretext(experiment.pretext, backbone, seeds)
     own_rate = TUNERS.get(experiment.tuner.name).learning_rate
-    options = resolve_tpp(experiment.tpp, images=len(data), learning_rate=own_rate, trained_head=trained_head)
+    options = resolve_tpp(
+        experiment.tpp, images=len(data), learning_rate=own_rate, trained_head=trained_head, devices=fabric.world_size
+    )
     batch_size, rate = number(options.batch_size), float(options.learning_rate)
     head_warmup = number(options.head_warmup)
     schedule = schedule_of(options)
@@ -81,7 +83,7 @@ def _train(fabric: Fabric, inputs: TPPInputs, folder: Path) -> StageResult:
         fabric, module, [targets, head], stream, schedule, folder=folder, title="TPP", after_step=tuned.after_step
     )
 
-    images = data.images(limit=64).to(fabric.device)
+    images = data.images(limit=32).to(fabric.device)
     figures = {"head_warmup": float(head_warmup), **effect(fabric, tuned, pretext, images, seeds)}
     result = StageResult(schedule.steps, batch_size, rate, record, figures)
     if fabric.global_rank == 0:
@@ -96,6 +98,7 @@ def _train(fabric: Fabric, inputs: TPPInputs, folder: Path) -> StageResult:
             transductive=options.transductive,
             fingerprints=inputs.fingerprints,
         )
+        save_preview(folder / "preview.png", images[:6], pretext, tuned, seeds)
         card = new_card(tuned, inputs.preprocessing, experiment.data.modality, experiment.seed)
         save_adapter(folder / "adapter", tuned, card.model_copy(update={"tpp": tpp}))
         finish(folder)
@@ -103,7 +106,9 @@ def _train(fabric: Fabric, inputs: TPPInputs, folder: Path) -> StageResult:
     return result
 
 
-def resolve_tpp(options: TPPOptions, *, images: int, learning_rate: float, trained_head: bool) -> TPPOptions:
+def resolve_tpp(
+    options: TPPOptions, *, images: int, learning_rate: float, trained_head: bool, devices: int = 1
+) -> TPPOptions:
     """Answer the `auto` values: 40 passes over the images within 200 to 2,000 steps.
 
     Args:
@@ -111,9 +116,16 @@ def resolve_tpp(options: TPPOptions, *, images: int, learning_rate: float, train
         images: How many TPP sees.
         learning_rate: The tuner's own.
         trained_head: Whether the pretext head came trained with the backbone.
+        devices: The batch size is a multiple of them.
     """
     options = resolve_stage(
-        options, passes=40, batch_size=64, cases=images, limits=(200, 2000), learning_rate=learning_rate
+        options,
+        passes=40,
+        batch_size=64,
+        cases=images,
+        limits=(200, 2000),
+        learning_rate=learning_rate,
+        devices=devices,
     )
     if options.head_warmup != "auto":
         return options
@@ -156,6 +168,20 @@ def warm_up_head(
     finally:
         for parameter in targets.parameters.values():
             parameter.requires_grad_(True)
+
+
+def save_preview(path: Path, images: Tensor, pretext: Pretext, backbone: backbones.Backbone, seeds: Seeds) -> None:
+    """A picture of what the pretext task does: a column for each image, the image on top of the task's views of it."""
+    from PIL import Image
+
+    cases = torch.arange(len(images), device=images.device)
+    views = pretext.preview(backbone, images, seeds.draws(cases * 0, cases))
+    if not views:
+        return
+    rows = [backbones.match_channels(view, 3) for view in (images, *views.values())]  # each (B, 3, H, W)
+    sheet = torch.cat([torch.cat(list(row), dim=2) for row in rows], dim=1).permute(1, 2, 0)
+    with atomic(path) as temporary:
+        Image.fromarray((sheet * 255).round().byte().cpu().numpy()).save(temporary, format="PNG")
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from medtpp.backbones import Backbone
 from medtpp.config import TUNERS, MethodOptions
+from medtpp.errors import ConfigError
 from medtpp.seeds import Seeds
 from medtpp.tuners.base import TunedBackbone, Tuner
 
@@ -14,10 +15,13 @@ def attach(backbone: Backbone, tuner: str | MethodOptions = "lora", *, seed: int
     """Attach a tuner by name or options. The backbone is taken over and changed in place.
 
     Raises:
-        ConfigError: There is no such tuner, or it does not fit the backbone.
+        ConfigError: There is no such tuner, it does not fit the backbone, or the backbone has one already.
     """
+    if backbone.taken or isinstance(backbone, TunedBackbone):
+        raise ConfigError("This backbone has a tuner already. Load it again to attach another one.")
     options = TUNERS.get(tuner).Options() if isinstance(tuner, str) else tuner
     method: Tuner[MethodOptions] = TUNERS.get(options.name)(options)
     tuned = method.attach(backbone, seed if isinstance(seed, Seeds) else Seeds(seed))
     tuned.tuner = options
+    backbone.taken = True
     return tuned

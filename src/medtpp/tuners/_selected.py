@@ -53,9 +53,7 @@ class SelectedBackbone(TunedBackbone):
 
     def merged(self) -> Backbone:
         """See `TunedBackbone.merged`."""
-        backbone = copy.deepcopy(self.source)
-        backbone.requires_grad_(False)
-        return backbone
+        return self._as_merged(copy.deepcopy(self.source))
 
     def adapter_config(self) -> dict[str, Any]:
         """See `TunedBackbone.adapter_config`."""

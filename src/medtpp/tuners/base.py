@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any, ClassVar, Generic, TypeVar
 
 from torch import Tensor, nn
@@ -27,10 +28,12 @@ class TunedBackbone(Backbone):
         source: The backbone it tunes. It is changed in place; `source_state()` still gives its own weights.
         targets: The target parameters, by their name among `named_parameters()`. They alone require gradients.
         tuner: Options of the tuner that attached it.
+        seen_channels: Channels of the images it was trained on through the Python API, if it was.
     """
 
     targets: dict[str, nn.Parameter]
     tuner: MethodOptions
+    seen_channels: int | None
 
     def __init__(self, source: Backbone) -> None:
         nn.Module.__init__(self)
@@ -39,6 +42,7 @@ class TunedBackbone(Backbone):
         self.layout = source.layout
         self.pretext_heads = source.pretext_heads
         self.options = source.options
+        self.seen_channels = None
         self.targets = {}
 
     @property
@@ -99,6 +103,15 @@ class TunedBackbone(Backbone):
         check_keys(state, self.adapter_state())
         for name, parameter in self.targets.items():
             parameter.data.copy_(state[name])
+
+    @staticmethod
+    def _as_merged(backbone: Backbone) -> Backbone:
+        """A backbone with weights of its own: no name loads it, no adapter can be made for it."""
+        backbone.requires_grad_(False)
+        backbone.options = None
+        backbone.spec = replace(backbone.spec, sha256="")
+        backbone.taken = False
+        return backbone
 
     def _own(self, targets: Mapping[str, nn.Parameter]) -> None:
         """Enter the target parameters, by identity, under their names here; exactly they require gradients."""

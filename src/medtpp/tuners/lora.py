@@ -59,8 +59,7 @@ class PeftBackbone(TunedBackbone):
         twin = copy.deepcopy(self)
         backbone = twin.source
         backbone.encoder = twin.peft_model.merge_and_unload(safe_merge=True)
-        backbone.requires_grad_(False)
-        return backbone
+        return self._as_merged(backbone)
 
     def adapter_config(self) -> dict[str, Any]:
         """Peft's configuration as plain values."""

@@ -97,7 +97,7 @@ class SSFBackbone(TunedBackbone):
             for key in [key for key, hook in hooks.items() if getattr(hook, "__self__", None) is scale]:
                 del hooks[key]
             scale.fold_into(modules[path])
-        return twin.source
+        return self._as_merged(twin.source)
 
     def adapter_config(self) -> dict[str, Any]:
         """See `TunedBackbone.adapter_config`."""

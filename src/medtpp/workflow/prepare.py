@@ -17,6 +17,7 @@ from medtpp.data.fingerprints import Fingerprints
 from medtpp.data.preprocess import Preprocessing
 from medtpp.data.read import read_dataset, read_unlabelled
 from medtpp.data.split import draw_labels, make_split, read_split, split_problems, tpp_cases
+from medtpp.errors import ConfigError, DataError
 from medtpp.seeds import Seeds
 from medtpp.training.finetune import resolve_finetune
 from medtpp.training.stage import StageData
@@ -92,7 +93,13 @@ def prepare(
     dataset = read_dataset(experiment.data)
     if all_test:
         dataset = dataset.with_cases(tuple(replace(case, split=None) for case in dataset.cases))
-    unlabelled = read_unlabelled(experiment.data.unlabelled) if experiment.data.unlabelled else ()
+    positive = experiment.data.positive
+    if positive is not None and (len(dataset.classes) != 2 or positive not in dataset.classes):
+        raise ConfigError(
+            f"data.positive is {positive!r}; it is for two classes, and the data set has {dataset.classes}."
+        )
+    wanted = experiment.data.unlabelled if experiment.tpp.enabled else []
+    unlabelled = read_unlabelled(wanted) if wanted else ()
     backbone = backbones.load(experiment.backbone, image_size=_given(experiment.data.image_size))
     preprocessing = _preprocessing(experiment, backbone, [case.image for case in dataset.cases])
     cache = build([*dataset.cases, *unlabelled], preprocessing, progress=progress)
@@ -105,6 +112,12 @@ def prepare(
         whole = {case.id: "test" for case in dataset.cases if case.labelled}
     elif split_file is not None and split_file.is_file():
         whole = read_split(split_file, dataset)
+        added = [case.id for case in dataset.cases if case.labelled and case.id not in whole]
+        if added:
+            raise DataError(
+                f"{split_file} does not know {len(added)} labelled cases, for example {added[0]}: they were added "
+                "since. Begin anew with --overwrite or another --out, or leave them out with data.exclude."
+            )
     else:
         whole = make_split(
             dataset, records, seeds=seeds, val_fraction=data.val_fraction, test_fraction=data.test_fraction
@@ -117,6 +130,12 @@ def prepare(
     train = sum(part == "train" for part in split.values())
     resolved = _resolve(experiment, preprocessing, backbone, train, len(seen))
     warnings = [*problems, *([] if all_test else split_problems(dataset, split))]
+    if unlabelled and any(case.patient for case in dataset.cases):
+        text = (
+            f"Nothing says whose the {len(unlabelled)} unlabelled images are. Those with the pixels of a validation or "
+            "test case are left out; other images of their patients are not: see to it that there are none."
+        )
+        warnings.append(Problem("warning", "unlabelled-without-patients", text))
     return Prepared(
         experiment=resolved,
         dataset=dataset,
@@ -160,10 +179,11 @@ def _resolve(
             "augment": resolve_augment(experiment.data.augment, experiment.data.modality),
         }
     )
+    devices = experiment.hardware.devices
     rate, tpp = TUNERS.get(experiment.tuner.name).learning_rate, experiment.tpp
     if tpp.enabled:
         require_targets(experiment)
         _, trained_head = make_pretext(experiment.pretext, backbone, Seeds(experiment.seed))
-        tpp = resolve_tpp(tpp, images=seen, learning_rate=rate, trained_head=trained_head)
-    finetune = resolve_finetune(experiment.finetune, cases=train, learning_rate=rate)
+        tpp = resolve_tpp(tpp, images=seen, learning_rate=rate, trained_head=trained_head, devices=devices)
+    finetune = resolve_finetune(experiment.finetune, cases=train, learning_rate=rate, devices=devices)
     return experiment.model_copy(update={"data": data, "tpp": tpp, "finetune": finetune})

@@ -23,7 +23,7 @@ from medtpp.config import TUNERS, Experiment
 from medtpp.data.case import Case
 from medtpp.data.split import write_split
 from medtpp.errors import ConfigError
-from medtpp.evaluation import Evaluation, evaluate, positive_class, write_predictions
+from medtpp.evaluation import Evaluation, Thresholds, evaluate, positive_class, write_predictions
 from medtpp.files import MARKER, digest, prepare_folder, read_json, write_json
 from medtpp.inference.predict import as_predictions, predict_rows
 from medtpp.seeds import Seeds
@@ -94,8 +94,8 @@ def open_run(
     if overwrite:
         prepare_folder(out, overwrite=True)
     refuse_changes(out, prepared)
+    write_experiment(out / "experiment.yaml", prepared.experiment)  # first: it says what the split belongs to
     write_split(out / "split.csv", prepared.dataset, prepared.whole_split)
-    write_experiment(out / "experiment.yaml", prepared.experiment)
     return prepared
 
 
@@ -180,6 +180,8 @@ def finetune_stage(prepared: Prepared, folder: Path, tell: Tell, *, start: Path 
         seen = card.trained_on
         if card.tpp is not None and not card.tpp.transductive:
             seen |= card.tpp.fingerprints
+            # Validation cases choose weights and thresholds: TPP may not have seen them either.
+            refuse_overlap(f"TPP of {start}", card.tpp.fingerprints.overlap(val, prepared.records), "validation")
         refuse_overlap(f"The adapter {start}", seen.overlap(test, prepared.records))
         trained_on |= card.trained_on
     inputs = FinetuneInputs(
@@ -193,7 +195,8 @@ def finetune_stage(prepared: Prepared, folder: Path, tell: Tell, *, start: Path 
         start=start,
     )
     key = _key(prepared, "finetune", "task") | {
-        "start": None if card is None else card.model_dump(mode="json", exclude={"versions"}),
+        "start": None if start is None else digest((start / "adapter_model.safetensors").read_bytes()),
+        "start card": None if card is None else card.model_dump(mode="json", exclude={"versions"}),
         "classes": prepared.dataset.classes,
         "training cases": _content(prepared, train),
         "validation cases": _content(prepared, val),
@@ -222,6 +225,10 @@ def evaluate_stage(prepared: Prepared, adapter: Path, folder: Path, *, backbone:
         seen_by(loaded.backbone.options or card.backbone.options).overlap(test, prepared.records),
     )
     notes = []
+    if not card.trained_on.images:
+        notes.append(
+            "The adapter keeps no fingerprints of its training cases: nothing shows that no test case is among them."
+        )
     if card.tpp is not None:
         overlap = card.tpp.fingerprints.overlap(test, prepared.records)
         if not card.tpp.transductive:
@@ -240,7 +247,7 @@ def evaluate_stage(prepared: Prepared, adapter: Path, folder: Path, *, backbone:
     write_predictions(folder / "predictions.csv", predictions)
     evaluation = evaluate(
         predictions,
-        thresholds=task_card.thresholds,
+        thresholds=Thresholds(task_card.thresholds, task_card.threshold_notes),
         positive=positive_class(predictions, task_card.positive),
         seed=Seeds(prepared.experiment.seed).number("bootstrap"),
         notes=notes,
