@@ -131,7 +131,7 @@ def test_run_writes_what_it_says():
     adapter = {"adapter_config.json", "adapter_model.safetensors", "medtpp.json", "README.md"}
     expected = {"experiment.yaml", "split.csv", "summary.json"}
     expected |= {f"evaluation/{name}" for name in ("predictions.csv", "evaluation.json")}
-    expected |= {f"tpp/{name}" for name in ("complete.json", "inputs.json", "log.csv")}
+    expected |= {f"tpp/{name}" for name in ("complete.json", "inputs.json", "log.csv", "preview.png")}
     expected |= {f"finetune/{name}" for name in ("complete.json", "inputs.json", "log.csv", "validation.csv")}
     expected |= {f"tpp/adapter/{name}" for name in adapter}
     expected |= {f"finetune/adapter/{name}" for name in (*adapter, "head.safetensors")}

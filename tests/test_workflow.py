@@ -192,6 +192,9 @@ def test_overwrite_replaces_when_all_is_well_and_not_before(tmp_path):
     command = ["finetune", data_folder(), "--out", out, "--overwrite"]
     refused(*command, *settings("data.labels=1000"))
     assert (out / "old.txt").read_text() == "precious"
+    assert "was not made by medtpp" in refused(*command, *settings(*TPP_OFF))
+    assert (out / "old.txt").read_text() == "precious"
+    (out / "experiment.yaml").write_text("")
     done(*command, *settings(*TPP_OFF))
     assert not (out / "old.txt").exists()
 

@@ -17,7 +17,7 @@ def attach(backbone: Backbone, tuner: str | MethodOptions = "lora", *, seed: int
     Raises:
         ConfigError: There is no such tuner, it does not fit the backbone, or the backbone has one already.
     """
-    if backbone.taken or isinstance(backbone, TunedBackbone):
+    if backbone.taken:
         raise ConfigError("This backbone has a tuner already. Load it again to attach another one.")
     options = TUNERS.get(tuner).Options() if isinstance(tuner, str) else tuner
     method: Tuner[MethodOptions] = TUNERS.get(options.name)(options)

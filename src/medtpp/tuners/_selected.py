@@ -51,9 +51,9 @@ class SelectedBackbone(TunedBackbone):
             for name, parameter in trained.items():
                 self._place(name, parameter)
 
-    def merged(self) -> Backbone:
-        """See `TunedBackbone.merged`."""
-        return self._as_merged(copy.deepcopy(self.source))
+    def fold(self) -> Backbone:
+        """See `TunedBackbone.fold`."""
+        return copy.deepcopy(self.source)
 
     def adapter_config(self) -> dict[str, Any]:
         """See `TunedBackbone.adapter_config`."""

@@ -21,7 +21,7 @@ O = TypeVar("O", bound=MethodOptions)  # noqa: E741  (the options of a method)
 class TunedBackbone(Backbone):
     """A backbone with target parameters; itself a backbone.
 
-    Subclasses set `targets` and implement `disabled`, `merged`, `adapter_config`, `adapter_state` and
+    Subclasses set `targets` and implement `disabled`, `fold`, `adapter_config`, `adapter_state` and
     `load_adapter_state`.
 
     Attributes:
@@ -43,6 +43,7 @@ class TunedBackbone(Backbone):
         self.pretext_heads = source.pretext_heads
         self.options = source.options
         self.seen_channels = None
+        self.taken = True
         self.targets = {}
 
     @property
@@ -78,13 +79,24 @@ class TunedBackbone(Backbone):
     def disabled(self) -> AbstractContextManager[None]:
         """Inside this context, the backbone computes as if there were no tuner."""
 
-    @abstractmethod
     def merged(self) -> Backbone:
         """A plain backbone of its own with the target parameters folded into its weights.
+
+        No name loads such weights, so no adapter can be made for them.
 
         Raises:
             ConfigError: The method cannot be folded in.
         """
+        backbone = self.fold()
+        backbone.requires_grad_(False)
+        backbone.options = None
+        backbone.spec = replace(backbone.spec, sha256="")
+        backbone.taken = False
+        return backbone
+
+    @abstractmethod
+    def fold(self) -> Backbone:
+        """A copy of the source with the target parameters in its weights, for `merged`; this one stays as it is."""
 
     @abstractmethod
     def adapter_config(self) -> dict[str, Any]:
@@ -103,15 +115,6 @@ class TunedBackbone(Backbone):
         check_keys(state, self.adapter_state())
         for name, parameter in self.targets.items():
             parameter.data.copy_(state[name])
-
-    @staticmethod
-    def _as_merged(backbone: Backbone) -> Backbone:
-        """A backbone with weights of its own: no name loads it, no adapter can be made for it."""
-        backbone.requires_grad_(False)
-        backbone.options = None
-        backbone.spec = replace(backbone.spec, sha256="")
-        backbone.taken = False
-        return backbone
 
     def _own(self, targets: Mapping[str, nn.Parameter]) -> None:
         """Enter the target parameters, by identity, under their names here; exactly they require gradients."""

@@ -54,12 +54,12 @@ class PeftBackbone(TunedBackbone):
         context: AbstractContextManager[None] = self.peft_model.disable_adapter()
         return context
 
-    def merged(self) -> Backbone:
-        """See `TunedBackbone.merged`."""
+    def fold(self) -> Backbone:
+        """See `TunedBackbone.fold`."""
         twin = copy.deepcopy(self)
         backbone = twin.source
         backbone.encoder = twin.peft_model.merge_and_unload(safe_merge=True)
-        return self._as_merged(backbone)
+        return backbone
 
     def adapter_config(self) -> dict[str, Any]:
         """Peft's configuration as plain values."""

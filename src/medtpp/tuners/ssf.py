@@ -88,8 +88,8 @@ class SSFBackbone(TunedBackbone):
         for scale in self.scales:
             scale.enabled = enabled
 
-    def merged(self) -> Backbone:
-        """See `TunedBackbone.merged`."""
+    def fold(self) -> Backbone:
+        """See `TunedBackbone.fold`."""
         twin = copy.deepcopy(self)
         modules = dict(twin.source.encoder.named_modules())
         for path, scale in zip(twin.paths, twin.scales, strict=True):
@@ -97,7 +97,7 @@ class SSFBackbone(TunedBackbone):
             for key in [key for key, hook in hooks.items() if getattr(hook, "__self__", None) is scale]:
                 del hooks[key]
             scale.fold_into(modules[path])
-        return self._as_merged(twin.source)
+        return twin.source
 
     def adapter_config(self) -> dict[str, Any]:
         """See `TunedBackbone.adapter_config`."""

@@ -49,7 +49,7 @@ class VPTBackbone(TunedBackbone):
         finally:
             self.enabled = True
 
-    def merged(self) -> Backbone:
+    def fold(self) -> Backbone:
         """Prompts are input, not weights: they cannot be folded in."""
         raise ConfigError(
             "VPT cannot be merged: prompts are tokens, not weights. Keep the adapter beside the backbone."

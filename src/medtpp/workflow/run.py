@@ -180,9 +180,10 @@ def finetune_stage(prepared: Prepared, folder: Path, tell: Tell, *, start: Path 
         seen = card.trained_on
         if card.tpp is not None and not card.tpp.transductive:
             seen |= card.tpp.fingerprints
+        refuse_overlap(f"The adapter {start}", seen.overlap(test, prepared.records))
+        if card.tpp is not None and not card.tpp.transductive:
             # Validation cases choose weights and thresholds: TPP may not have seen them either.
             refuse_overlap(f"TPP of {start}", card.tpp.fingerprints.overlap(val, prepared.records), "validation")
-        refuse_overlap(f"The adapter {start}", seen.overlap(test, prepared.records))
         trained_on |= card.trained_on
     inputs = FinetuneInputs(
         experiment=prepared.experiment,
