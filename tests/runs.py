@@ -16,6 +16,7 @@ from medtpp.backbones import hash_state
 from medtpp.cli import main
 from medtpp.data.phantom import write_folder
 from medtpp.files import read_json, write_json
+from medtpp.workflow.experiment import load_experiment
 
 SIZE, CASES = 32, 48
 _HOLD = TemporaryDirectory(prefix="medtpp-runs-")  # goes away with the process
@@ -153,3 +154,27 @@ RESULTS = (
     "evaluation/predictions.csv",
     "evaluation/evaluation.json",
 )
+
+
+def experiment(*more, data=None, unlabelled=()):
+    return load_experiment(data or data_folder(), settings(*more)[1::2], unlabelled)
+
+
+def split_of(folder):
+    """Case ids by split, as a run wrote them."""
+    parts = {"train": set(), "val": set(), "test": set()}
+    for line in (folder / "split.csv").read_text().splitlines()[1:]:
+        case, split, *_ = line.split(",")
+        parts[split].add(case)
+    return parts
+
+
+def with_rows(folder, rows):
+    """The data set with other rows in its manifest."""
+    shutil.copytree(data_folder() / "images", folder / "images")
+    (folder / "manifest.csv").write_text("\n".join(rows) + "\n")
+    return folder
+
+
+def manifest():
+    return (data_folder() / "manifest.csv").read_text().splitlines()
