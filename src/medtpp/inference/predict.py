@@ -18,7 +18,7 @@ from torch import Tensor
 from medtpp.adapter import Adapter
 from medtpp.backbones import Backbone
 from medtpp.data.case import Case
-from medtpp.data.decode import read_image
+from medtpp.data.decode import decode, read_bytes
 from medtpp.data.preprocess import Preprocessing
 from medtpp.data.sources import list_images
 from medtpp.errors import DataError, WeightsError
@@ -157,7 +157,7 @@ def _prepared(cases: Sequence[Case], preprocessing: Preprocessing) -> Iterator[t
 
     def prepare(path: Path) -> NDArray[np.uint8] | str:
         try:
-            return preprocessing.apply(read_image(path))
+            return preprocessing.apply(decode(read_bytes(path)))
         except DataError as error:
             return error.message
 
