@@ -242,7 +242,7 @@ def match_channels(images: Tensor, channels: int) -> Tensor:
 def training_attention(blocks: Iterable[Any], tokens: Tensor) -> Iterator[None]:
     """Inside, timm blocks that see tokens (B, N, D) train with the quickest kind of attention.
 
-    On CPUs the backward of torch's fused attention takes several times as long in bfloat16 as plain matrix products.
+    On CPUs the backward of torch's fused attention is slower in bfloat16 than plain matrix products.
     Those keep B x heads x N x N values per block, hence the limit to short sequences.
     """
     mixed = tokens.device.type == "cpu" and torch.is_autocast_enabled("cpu") and torch.is_grad_enabled()

@@ -20,7 +20,6 @@ class Pretext(nn.Module, ABC):
         Options: Its pydantic options.
         summary: One line for lists, with the paper.
         needs: Capabilities that a backbone must have.
-        objective: Of backbones whose own pre-training it continues: "pixels" or "features".
 
     Args:
         options: Its options.
@@ -31,7 +30,6 @@ class Pretext(nn.Module, ABC):
     Options: ClassVar[type[MethodOptions]]
     summary: ClassVar[str]
     needs: ClassVar[frozenset[str]] = frozenset()
-    objective: ClassVar[str]
 
     @abstractmethod
     def __init__(self, options: MethodOptions, spec: Spec, seeds: Seeds) -> None: ...

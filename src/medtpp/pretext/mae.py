@@ -37,7 +37,6 @@ class MAE(Pretext):
     Options: ClassVar[type[MethodOptions]] = MAEOptions
     summary: ClassVar[str] = "predict the pixels of hidden patches from the visible ones (arXiv 2111.06377)"
     needs: ClassVar[frozenset[str]] = frozenset({"drops_tokens"})
-    objective: ClassVar[str] = "pixels"
 
     def __init__(self, options: MAEOptions, spec: Spec, seeds: Seeds) -> None:
         nn.Module.__init__(self)
@@ -116,7 +115,7 @@ class MAE(Pretext):
 def centre(values: Tensor) -> tuple[Tensor, Tensor]:
     """Values less their mean over the last dimension, and their standard deviation (..., 1)."""
     centred = values - values.mean(dim=-1, keepdim=True)
-    # torch.var takes ten times as long on CPUs.
+    # torch.var and torch.std are slow on CPUs.
     return centred, torch.linalg.vector_norm(centred, dim=-1, keepdim=True) / math.sqrt(values.shape[-1] - 1)
 
 

@@ -56,7 +56,7 @@ class PretrainInputs:
         data: The images.
         fingerprints: Of the images and patients.
         modality, augment: For the augmentation.
-        image_size, channels: Of the images.
+        hardware, logging: Where to compute and what to log.
         description: What the images are, for the model card.
         seed: Root of all draws.
     """
