@@ -134,13 +134,7 @@ def evaluate(
     known = test.labelled()
     if not len(known):
         raise DataError("None of the cases to evaluate has a label. Give labels, or use the predictions as they are.")
-    scored = Scored(
-        truth=np.array([[name in (labels or ()) for name in known.classes] for labels in known.labels], dtype=bool),
-        probabilities=known.probabilities.astype(np.float64),
-        thresholds=np.array([thresholds.values[name] for name in known.classes], dtype=np.float64),
-        positive=None if positive is None else known.classes.index(positive),
-        multilabel=known.multilabel,
-    )
+    scored = score_cases(known, thresholds.values, positive)
     groups = group_by_patient(known)
     bootstrap = Bootstrap(resamples, level, seed, "patient" if any(known.patients) else "case")
     counts = dict(zip(known.classes, scored.truth.sum(axis=0).tolist(), strict=True))
@@ -157,6 +151,23 @@ def evaluate(
         confusion=_confusion(scored),
         bootstrap=bootstrap,
         notes=(*notes, *thresholds.notes, *_notes(test, known, counts, n_patients)),
+    )
+
+
+def score_cases(known: Predictions, thresholds: Mapping[str, float], positive: str | None) -> Scored:
+    """Labelled cases as the metrics take them.
+
+    Args:
+        known: Cases that all have labels.
+        thresholds: One per class.
+        positive: The positive class of a two-class task, else None.
+    """
+    return Scored(
+        truth=np.array([[name in (labels or ()) for name in known.classes] for labels in known.labels], dtype=bool),
+        probabilities=known.probabilities.astype(np.float64),
+        thresholds=np.array([thresholds[name] for name in known.classes], dtype=np.float64),
+        positive=None if positive is None else known.classes.index(positive),
+        multilabel=known.multilabel,
     )
 
 

@@ -25,7 +25,16 @@ from medtpp.tasks.base import Task
 from medtpp.training.device import make_fabric
 from medtpp.training.loop import Group, fit
 from medtpp.training.resume import finish
-from medtpp.training.stage import StageData, StageResult, launch, number, resolve_stage, schedule_of, to_unit
+from medtpp.training.stage import (
+    StageData,
+    StageResult,
+    count_parameters,
+    launch,
+    number,
+    resolve_stage,
+    schedule_of,
+    to_unit,
+)
 
 
 @dataclass(frozen=True)
@@ -138,7 +147,7 @@ def _train(fabric: Fabric, inputs: FinetuneInputs, folder: Path) -> StageResult:
         after_step=tuned.after_step,
         validate=score if options.keep == "best" else None,
     )
-    result = StageResult(number(options.steps), batch_size, rate, record)
+    result = StageResult(number(options.steps), batch_size, rate, record, parameters=count_parameters(tuned, head=task))
     if fabric.global_rank == 0:
         logits = predict_rows(tuned, task, inputs.val.cache.images, inputs.val.rows, device=fabric.device)
         validation = as_predictions(

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from medtpp.data.batches import Batch
 from medtpp.errors import MedtppError
+from medtpp.training.memory import PeakMemory
 from medtpp.training.progress import TrainingProgress
 from medtpp.training.resume import RESUME, Record, RunState, write_log
 
@@ -119,7 +120,7 @@ def fit(
     reached: set[str] = set()
     taken = 2 if start else 0  # of the first two steps, after which every parameter must have had a gradient
     micro = schedule.accumulate
-    began, seen, waited_before = time.perf_counter(), 0, stream.waited
+    began, seen, waited_before, memory = time.perf_counter(), 0, stream.waited, PeakMemory(fabric.device)
     every = max(1, schedule.steps // 200)
     recent = _Window(stream)
     with TrainingProgress(title, start, schedule.steps, visible=fabric.global_rank == 0) as progress:
@@ -171,6 +172,7 @@ def fit(
     record.seconds = time.perf_counter() - began
     record.images_per_second = seen / max(record.seconds, 1e-9)
     record.waiting = (stream.waited - waited_before) / max(record.seconds, 1e-9)
+    record.peak_memory = memory.mib()
     if folder:
         write_log(folder, record, fabric)
     return record

@@ -29,6 +29,7 @@ class Record:
         seconds: Of training, without what a resumed run did before.
         images_per_second: Over all steps of this process's run.
         waiting: Share of the time spent waiting for data.
+        peak_memory: MiB, see `PeakMemory`.
     """
 
     rows: list[dict[str, float]] = field(default_factory=list)
@@ -36,6 +37,7 @@ class Record:
     seconds: float = 0.0
     images_per_second: float = 0.0
     waiting: float = 0.0
+    peak_memory: float = 0.0
 
 
 class RunState:

@@ -26,6 +26,7 @@ from medtpp.seeds import Draws, Seeds, name_key
 from medtpp.training.device import close_loggers
 from medtpp.training.loop import Schedule
 from medtpp.training.resume import Record
+from medtpp.tuners import TunedBackbone
 
 T = TypeVar("T")
 O = TypeVar("O", bound=StageOptions)  # noqa: E741  (options)
@@ -87,6 +88,7 @@ class StageResult:
         steps, batch_size, learning_rate: As resolved.
         record: Of the loop.
         figures: What is worth comparing between runs.
+        parameters: Numbers of parameters: "backbone" (its own), "target", and "head" or "pretext".
     """
 
     steps: int
@@ -94,6 +96,7 @@ class StageResult:
     learning_rate: float
     record: Record
     figures: dict[str, float] = field(default_factory=dict)
+    parameters: dict[str, int] = field(default_factory=dict)
 
     def summary(self) -> dict[str, Any]:
         """Plain values."""
@@ -105,10 +108,21 @@ class StageResult:
             "seconds": round(record.seconds, 2),
             "images_per_second": round(record.images_per_second, 1),
             "waiting": round(record.waiting, 4),
+            "peak_memory_mib": round(record.peak_memory, 1),
             "last_loss": record.rows[-1]["loss"] if record.rows else None,
             "best": None if record.best is None else {"score": record.best[0], "step": record.best[1]},
             **self.figures,
+            **{f"{name}_parameters": number for name, number in self.parameters.items()},
         }
+
+
+def count_parameters(backbone: TunedBackbone, **others: nn.Module) -> dict[str, int]:
+    """How many numbers are in the backbone's own weights, in what the tuner trains, and in other modules by name."""
+    return {
+        "backbone": sum(weights.numel() for weights in backbone.source_state().values()),
+        "target": sum(parameter.numel() for parameter in backbone.targets.values()),
+        **{name: sum(parameter.numel() for parameter in module.parameters()) for name, module in others.items()},
+    }
 
 
 class PretextModule(nn.Module):

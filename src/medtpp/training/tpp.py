@@ -27,7 +27,16 @@ from medtpp.seeds import Seeds, name_key
 from medtpp.training.device import make_fabric
 from medtpp.training.loop import Group, Schedule, Stream, fit
 from medtpp.training.resume import RESUME, finish
-from medtpp.training.stage import PretextModule, StageData, StageResult, launch, number, resolve_stage, schedule_of
+from medtpp.training.stage import (
+    PretextModule,
+    StageData,
+    StageResult,
+    count_parameters,
+    launch,
+    number,
+    resolve_stage,
+    schedule_of,
+)
 
 
 @dataclass(frozen=True)
@@ -85,7 +94,7 @@ def _train(fabric: Fabric, inputs: TPPInputs, folder: Path) -> StageResult:
 
     images = data.images(limit=32).to(fabric.device)
     figures = {"head_warmup": float(head_warmup), **effect(fabric, tuned, pretext, images, seeds)}
-    result = StageResult(schedule.steps, batch_size, rate, record, figures)
+    result = StageResult(schedule.steps, batch_size, rate, record, figures, count_parameters(tuned, pretext=pretext))
     if fabric.global_rank == 0:
         tpp = TPPCard(
             pretext=experiment.pretext.model_dump(mode="json"),

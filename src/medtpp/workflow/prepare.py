@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,38 +28,30 @@ Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """An experiment with its data.
+class PreparedData:
+    """The data of an experiment: read, decoded once, checked and split. Neither seed, tuner nor labels matter any more.
 
     Attributes:
-        experiment: All `auto` values answered but those of the machine (hardware).
         dataset: The labelled cases and what the source found.
         cache: Prepared images of all cases, the unlabelled ones included.
         records: What decoding told, by case id.
         preprocessing: How images were prepared.
-        split: "train", "val" or "test" by case id, reduced to `data.labels`.
-        whole_split: The same before the reduction.
+        whole_split: "train", "val" or "test" by case id.
         tpp: Cases that TPP may see.
         excluded: Ids of unlabelled cases that TPP may not see.
         problems: Warnings to show.
         backbone_sha256: Hash of the backbone's own weights.
     """
 
-    experiment: Experiment
     dataset: Dataset
     cache: ImageCache
     records: dict[str, ImageRecord]
     preprocessing: Preprocessing
-    split: dict[str, str]
     whole_split: dict[str, str]
     tpp: tuple[Case, ...]
     excluded: tuple[str, ...]
     problems: tuple[Problem, ...]
     backbone_sha256: str
-
-    def cases(self, *splits: str) -> tuple[Case, ...]:
-        """The labelled cases of some splits."""
-        return tuple(case for case in self.dataset.cases if self.split.get(case.id) in splits)
 
     def data(self, cases: Iterable[Case]) -> StageData:
         """Some cases as a stage takes them."""
@@ -67,6 +60,23 @@ class Prepared:
     def fingerprints(self, cases: Iterable[Case]) -> Fingerprints:
         """Fingerprints of some cases."""
         return Fingerprints.of(cases, self.records)
+
+
+@dataclass(frozen=True)
+class Prepared(PreparedData):
+    """An experiment with its data.
+
+    Attributes:
+        experiment: All `auto` values answered but those of the machine (hardware).
+        split: The whole split, reduced to `data.labels`.
+    """
+
+    experiment: Experiment
+    split: dict[str, str]
+
+    def cases(self, *splits: str) -> tuple[Case, ...]:
+        """The labelled cases of some splits."""
+        return tuple(case for case in self.dataset.cases if self.split.get(case.id) in splits)
 
 
 def prepare(
@@ -89,7 +99,6 @@ def prepare(
         DataError: The data cannot be used; all reasons are listed.
         ConfigError: Methods do not fit together.
     """
-    seeds = Seeds(experiment.seed)
     dataset = read_dataset(experiment.data)
     if all_test:
         dataset = dataset.with_cases(tuple(replace(case, split=None) for case in dataset.cases))
@@ -106,49 +115,78 @@ def prepare(
     records = {record.case: record for record in cache.records}
     problems = check(dataset, records)
     raise_errors(dataset, problems)
-
-    data = experiment.data
-    if all_test:
-        whole = {case.id: "test" for case in dataset.cases if case.labelled}
-    elif split_file is not None and split_file.is_file():
-        whole = read_split(split_file, dataset)
-        added = [case.id for case in dataset.cases if case.labelled and case.id not in whole]
-        if added:
-            raise DataError(
-                f"{split_file} does not know {len(added)} labelled cases, for example {added[0]}: they were added "
-                "since. Begin anew with --overwrite or another --out, or leave them out with data.exclude."
-            )
-    else:
-        whole = make_split(
-            dataset, records, seeds=seeds, val_fraction=data.val_fraction, test_fraction=data.test_fraction
-        )
-    split = whole if all_test or data.labels == "all" else draw_labels(dataset, whole, data.labels, seeds)
+    whole = _whole_split(experiment, dataset, records, split_file, all_test=all_test)
     seen, excluded = tpp_cases(dataset, records, whole, unlabelled)
     if experiment.tpp.transductive:
         seen += [case for case in dataset.cases if whole.get(case.id) in ("val", "test")]
-
-    train = sum(part == "train" for part in split.values())
-    resolved = _resolve(experiment, preprocessing, backbone, train, len(seen))
-    warnings = [*problems, *([] if all_test else split_problems(dataset, split))]
     if unlabelled and any(case.patient for case in dataset.cases):
         text = (
             f"Nothing says whose the {len(unlabelled)} unlabelled images are. Those with the pixels of a validation or "
             "test case are left out; other images of their patients are not: see to it that there are none."
         )
-        warnings.append(Problem("warning", "unlabelled-without-patients", text))
-    return Prepared(
-        experiment=resolved,
+        problems.append(Problem("warning", "unlabelled-without-patients", text))
+    data = PreparedData(
         dataset=dataset,
         cache=cache,
         records=records,
         preprocessing=preprocessing,
-        split=split,
         whole_split=whole,
         tpp=tuple(seen),
         excluded=tuple(excluded),
-        problems=tuple(warnings),
+        problems=tuple(problems),
         backbone_sha256=backbone.spec.sha256,
     )
+    prepared = arrange(data, experiment, backbone)
+    if all_test:
+        return prepared
+    return replace(prepared, problems=(*data.problems, *split_problems(dataset, prepared.split)))
+
+
+def arrange(data: PreparedData, experiment: Experiment, backbone: backbones.Backbone | None = None) -> Prepared:
+    """An experiment on data that were prepared for it, or for one that differs in seed, labels or methods alone.
+
+    Args:
+        data: Prepared for the same data and backbone sections, but for `data.labels`.
+        experiment: As written by the user.
+        backbone: The experiment's; loaded if not at hand.
+
+    Raises:
+        DataError: There are not as many labels as asked for.
+        ConfigError: TPP is asked of a tuner without target parameters, or the pretext task does not fit the backbone.
+    """
+    labels, split = experiment.data.labels, data.whole_split
+    if labels != "all" and {"train", "val"} & set(split.values()):
+        split = draw_labels(data.dataset, split, labels, Seeds(experiment.seed))
+    backbone = backbone or backbones.load(experiment.backbone, image_size=data.preprocessing.image_size)
+    train = sum(part == "train" for part in split.values())
+    resolved = _resolve(experiment, data.preprocessing, backbone, train, len(data.tpp))
+    fields = {field.name: getattr(data, field.name) for field in dataclasses.fields(PreparedData)}
+    return Prepared(**fields, experiment=resolved, split=split)
+
+
+def _whole_split(
+    experiment: Experiment,
+    dataset: Dataset,
+    records: dict[str, ImageRecord],
+    split_file: Path | None,
+    *,
+    all_test: bool,
+) -> dict[str, str]:
+    if all_test:
+        return {case.id: "test" for case in dataset.cases if case.labelled}
+    if split_file is None or not split_file.is_file():
+        data, seeds = experiment.data, Seeds(experiment.seed)
+        return make_split(
+            dataset, records, seeds=seeds, val_fraction=data.val_fraction, test_fraction=data.test_fraction
+        )
+    whole = read_split(split_file, dataset)
+    added = [case.id for case in dataset.cases if case.labelled and case.id not in whole]
+    if added:
+        raise DataError(
+            f"{split_file} does not know {len(added)} labelled cases, for example {added[0]}: they were added "
+            "since. Begin anew with --overwrite or another --out, or leave them out with data.exclude."
+        )
+    return whole
 
 
 def _given(value: int | str) -> int | None:

@@ -23,7 +23,15 @@ from medtpp.config import TUNERS, Experiment
 from medtpp.data.case import Case
 from medtpp.data.split import write_split
 from medtpp.errors import ConfigError
-from medtpp.evaluation import Evaluation, Thresholds, evaluate, positive_class, write_predictions
+from medtpp.evaluation import (
+    Evaluation,
+    Thresholds,
+    confident_mistakes,
+    evaluate,
+    positive_class,
+    write_mistakes,
+    write_predictions,
+)
 from medtpp.files import MARKER, digest, prepare_folder, read_json, write_json
 from medtpp.inference.predict import as_predictions, predict_rows
 from medtpp.seeds import Seeds
@@ -208,7 +216,7 @@ def finetune_stage(prepared: Prepared, folder: Path, tell: Tell, *, start: Path 
 
 
 def evaluate_stage(prepared: Prepared, adapter: Path, folder: Path, *, backbone: str | None = None) -> Evaluation:
-    """Predict the test cases in float32 and write predictions.csv and evaluation.json.
+    """Predict the test cases in float32 and write predictions.csv, the worst mistakes and, last, evaluation.json.
 
     Raises:
         LeakageError: The adapter or its backbone was trained on test cases.
@@ -253,6 +261,8 @@ def evaluate_stage(prepared: Prepared, adapter: Path, folder: Path, *, backbone:
         seed=Seeds(prepared.experiment.seed).number("bootstrap"),
         notes=notes,
     )
+    mistakes = confident_mistakes(predictions, evaluation.thresholds)
+    write_mistakes(folder / "mistakes", mistakes, [data.cache.images[data.rows[mistake.row]] for mistake in mistakes])
     evaluation.save(folder)
     return evaluation
 

@@ -1,0 +1,197 @@
+"""Arms of a comparison: paired differences over the same test patients and seeds, and what may be said of them.
+
+Two things are random: which patients are in the test set, and the seed, which decides the label draw, the initial
+weights and the order of the batches. The crossed bootstrap draws both, independently of each other, with replacement
+(the pigeonhole bootstrap; Owen, Annals of Applied Statistics 2007), and keeps the arms paired in both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from medtpp.errors import ConfigError, DataError
+from medtpp.evaluation.bootstrap import Bootstrap, Estimate, draw_weights, group_by_patient, summarise
+from medtpp.evaluation.evaluate import score_cases
+from medtpp.evaluation.metrics import OVERALL, overall
+from medtpp.evaluation.predictions import Predictions
+
+Verdict = Literal["helps", "hurts", "equivalent", "no difference seen", "too few seeds"]
+Floats = NDArray[np.float64]
+
+LOWER_IS_BETTER = frozenset({"ece", "brier", "log_loss"})
+FEWEST_SEEDS = 5  # with fewer, drawing seeds with replacement says too little of how they scatter
+SIGNIFICANT = 0.05
+
+
+@dataclass(frozen=True)
+class Run:
+    """One trained model's part in a comparison.
+
+    Attributes:
+        predictions: Of the test cases.
+        thresholds: Class name to operating threshold, chosen on validation cases.
+        positive: The positive class of a two-class task, else None.
+    """
+
+    predictions: Predictions
+    thresholds: Mapping[str, float]
+    positive: str | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """A metric of one arm.
+
+    Attributes:
+        seeds: (S,) of its runs, ascending.
+        values: (S,) on all test cases.
+        resampled: (S, R) in R draws of the test patients, the same draws for every arm.
+        bootstrap: How the patients were drawn.
+    """
+
+    seeds: tuple[int, ...]
+    values: Floats
+    resampled: Floats
+    bootstrap: Bootstrap
+
+    def select(self, seeds: Sequence[int]) -> Scores:
+        """The runs of some seeds, in this order."""
+        rows = [self.seeds.index(seed) for seed in seeds]
+        return Scores(tuple(seeds), self.values[rows], self.resampled[rows], self.bootstrap)
+
+    def mean(self) -> Estimate:
+        """The mean over the seeds, with an interval over patients and seeds."""
+        draws = (self.resampled * _seed_weights(self)).sum(axis=0)
+        return summarise(float(self.values.mean()), draws, self.bootstrap.level)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """An arm minus its baseline.
+
+    Attributes:
+        estimate: Mean paired difference over the seeds, with its interval.
+        narrow: The interval at twice the error rate (90% for 95%), for two one-sided tests of equivalence.
+        p: Two-sided p-value of the crossed bootstrap; None where no difference can be computed.
+        by_seed: Difference of each seed that both arms have.
+    """
+
+    estimate: Estimate
+    narrow: Estimate
+    p: float | None
+    by_seed: dict[int, float]
+
+
+def resample(runs: Mapping[int, Run], metric: str, bootstrap: Bootstrap) -> Scores:
+    """Score the runs of an arm, by seed, on all test cases and on draws of their patients.
+
+    Raises:
+        ConfigError: There is no such metric.
+        DataError: There is no run, none has a label, or the runs have other test cases.
+    """
+    if metric not in OVERALL:
+        raise ConfigError(f"There is no metric {metric!r}. There are: {', '.join(OVERALL)}.")
+    if not runs:
+        raise DataError("There is no run to score.")
+    seeds = tuple(sorted(runs))
+    first = runs[seeds[0]].predictions
+    if any(runs[seed].predictions.cases != first.cases for seed in seeds):
+        raise DataError("The runs of an arm were tested on different cases, so they cannot be compared.")
+    known = first.labelled()
+    if not len(known):
+        raise DataError("None of the test cases has a label.")
+    scored = [
+        score_cases(runs[seed].predictions.labelled(), runs[seed].thresholds, runs[seed].positive) for seed in seeds
+    ]
+    whole = np.ones((1, len(known)))
+    chunks = [
+        [overall(cases, weights)[metric] for cases in scored]
+        for weights in draw_weights(group_by_patient(known), bootstrap.resamples, bootstrap.seed)
+    ]
+    return Scores(
+        seeds=seeds,
+        values=np.array([overall(cases, whole)[metric][0] for cases in scored]),
+        resampled=np.concatenate([np.stack(chunk) for chunk in chunks], axis=1),
+        bootstrap=bootstrap,
+    )
+
+
+def difference(arm: Scores, baseline: Scores) -> Difference:
+    """The paired difference of two arms, over the seeds that both have.
+
+    Raises:
+        DataError: They have no seed in common, or were resampled differently.
+    """
+    shared = sorted(set(arm.seeds) & set(baseline.seeds))
+    if not shared:
+        raise DataError("The arms have no seed in common.")
+    if arm.bootstrap != baseline.bootstrap:
+        raise DataError("The arms were resampled differently, so they are not paired.")
+    ours, theirs = arm.select(shared), baseline.select(shared)
+    values, gaps = ours.values - theirs.values, ours.resampled - theirs.resampled
+    draws = (gaps * _seed_weights(ours)).sum(axis=0)
+    level, value = arm.bootstrap.level, float(values.mean())
+    return Difference(
+        estimate=summarise(value, draws, level),
+        narrow=summarise(value, draws, 1 - 2 * (1 - level)),
+        p=_p_value(draws),
+        by_seed=dict(zip(shared, values.tolist(), strict=True)),
+    )
+
+
+def holm(p_values: Sequence[float | None]) -> list[float | None]:
+    """Holm's adjustment for several tests at once (Scandinavian Journal of Statistics 1979); None stays None."""
+    known = sorted((p, index) for index, p in enumerate(p_values) if p is not None)
+    adjusted: list[float | None] = [None] * len(p_values)
+    highest = 0.0
+    for rank, (p, index) in enumerate(known):
+        highest = max(highest, min(1.0, p * (len(known) - rank)))
+        adjusted[index] = highest
+    return adjusted
+
+
+def judge(found: Difference, p_adjusted: float | None, *, metric: str, margin: float) -> Verdict:
+    """What may be said of a difference.
+
+    Args:
+        found: The difference.
+        p_adjusted: Its p-value after `holm` over all that were looked at.
+        metric: Decides which direction is better.
+        margin: Differences smaller than this do not matter; set beforehand.
+
+    Returns:
+        "helps" or "hurts" where the adjusted p-value is below 0.05; "equivalent" where the narrow interval lies within
+        the margin; "too few seeds" below 5 of them; else "no difference seen", which is not "equivalent".
+    """
+    value, narrow = found.estimate.value, found.narrow
+    if len(found.by_seed) < FEWEST_SEEDS or value is None:
+        return "too few seeds"
+    if p_adjusted is not None and p_adjusted < SIGNIFICANT:
+        return "helps" if (value > 0) != (metric in LOWER_IS_BETTER) else "hurts"
+    if narrow.low is not None and narrow.high is not None and -margin < narrow.low and narrow.high < margin:
+        return "equivalent"
+    return "no difference seen"
+
+
+def _seed_weights(scores: Scores) -> Floats:
+    """(S, R) the share of each seed in each resample: as many seeds as there are, drawn with replacement."""
+    count, resamples = scores.resampled.shape
+    # A stream of its own: patients and seeds are drawn independently of each other.
+    rng = np.random.default_rng([scores.bootstrap.seed, 1])
+    drawn = rng.multinomial(count, np.full(count, 1 / count), size=resamples)
+    shares: Floats = drawn.T / count
+    return shares
+
+
+def _p_value(draws: Floats) -> float | None:
+    """Twice the smaller share of the resamples at or beyond zero, never below what R resamples can show."""
+    defined = draws[~np.isnan(draws)]
+    if not len(defined):
+        return None
+    beyond = min((defined <= 0).sum(), (defined >= 0).sum())
+    return float(min(1.0, 2 * (beyond + 1) / (len(defined) + 1)))

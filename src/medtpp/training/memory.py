@@ -1,0 +1,40 @@
+"""Peak memory of a stage: what decides whether it fits on a machine."""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+from pathlib import Path
+
+import psutil
+import torch
+
+_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+class PeakMemory:
+    """Counts from its making on: memory allocated on a CUDA device, else resident memory of the process.
+
+    Where the system cannot start the count anew (all but Linux), the peak is that of the process so far.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        else:
+            with contextlib.suppress(OSError):  # not Linux, or a container that does not allow it
+                _CLEAR.write_text("5")  # VmHWM counts from here on
+
+    def mib(self) -> float:
+        """The peak in MiB."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) / 2**20
+        if _STATUS.is_file():
+            peak = next(line.split()[1] for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM"))
+            return int(peak) / 2**10
+        if platform.system() == "Windows":
+            return float(psutil.Process().memory_info()._asdict()["peak_wset"]) / 2**20
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # macOS counts in bytes
