@@ -157,7 +157,7 @@ def test_all_mistakes_of_a_file_come_at_once_with_their_lines(tmp_path):
     assert "should be 'unknown', 'xray'" in said
     assert "did you mean steps?" in said
     assert "should be a whole number or 'auto', not 'ten'" in said
-    assert "ssf has no such option; lora has" in said
+    assert "ssf has no such option; dora, lora has" in said
     assert "did you mean hardware?" in said
 
 

@@ -1,4 +1,4 @@
-"""LoRA (Hu et al., arXiv 2106.09685) through Hugging Face peft, in peft's own file format."""
+"""LoRA and DoRA through Hugging Face peft, in peft's own file format."""
 
 from __future__ import annotations
 
@@ -37,8 +37,9 @@ class PeftBackbone(TunedBackbone):
             peft_model: PeftModel = get_peft_model(source.encoder, config)
         for layer in peft_model.modules():
             if isinstance(layer, BaseTunerLayer):
-                # Autocast chooses the types already; peft would cast each input to float32 and back.
-                layer.cast_input_dtype_enabled = False
+                # Autocast chooses the types already; peft would cast each input to float32 and back. DoRA needs that:
+                # it takes the norms of its weights in the type of its input, and bfloat16's would move the start.
+                layer.cast_input_dtype_enabled = getattr(config, "use_dora", False)
         # The PeftModel holds the same encoder: not a submodule of its own, or every weight would be named twice.
         self._peft = [peft_model]
         self._own({name: p for name, p in peft_model.named_parameters() if p.requires_grad})
@@ -93,18 +94,34 @@ def target_pattern(backbone: Backbone, roles: tuple[str, ...]) -> str:
     return f"^(?:{'|'.join(folded)})$"
 
 
-class LoRAOptions(MethodOptions):
-    """Options of LoRA."""
+class _LowRankOptions(MethodOptions):
+    """What LoRA and DoRA have in common."""
 
-    name: Literal["lora"] = "lora"
     rank: int = Field(8, ge=1, description="rank of the update")
     alpha: float = Field(16.0, gt=0, description="the update is scaled by alpha / rank")
     roles: tuple[Role, ...] = Field(get_args(Role), min_length=1, description="which linear layers get an update")
 
 
+def _attach(backbone: Backbone, options: _LowRankOptions, seeds: Seeds, **variant: bool) -> PeftBackbone:
+    config = LoraConfig(
+        r=options.rank,
+        lora_alpha=options.alpha,
+        target_modules=target_pattern(backbone, options.roles),
+        bias="none",
+        **variant,
+    )
+    return PeftBackbone(backbone, config, seeds)
+
+
+class LoRAOptions(_LowRankOptions):
+    """Options of LoRA."""
+
+    name: Literal["lora"] = "lora"
+
+
 @TUNERS.register("lora")
 class LoRA(Tuner[LoRAOptions]):
-    """A low-rank update beside linear layers: W x + (alpha / rank) B A x, with B starting at zero."""
+    """A low-rank update beside linear layers: W x + (alpha / rank) B A x, with B starting at zero (Hu et al.)."""
 
     Options: ClassVar[type[MethodOptions]] = LoRAOptions
     summary: ClassVar[str] = "low-rank updates of linear layers, through peft (arXiv 2106.09685)"
@@ -112,10 +129,28 @@ class LoRA(Tuner[LoRAOptions]):
 
     def attach(self, backbone: Backbone, seeds: Seeds, images: Tensor | None = None) -> TunedBackbone:  # noqa: ARG002
         """See `Tuner.attach`."""
-        config = LoraConfig(
-            r=self.options.rank,
-            lora_alpha=self.options.alpha,
-            target_modules=target_pattern(backbone, self.options.roles),
-            bias="none",
-        )
-        return PeftBackbone(backbone, config, seeds)
+        return _attach(backbone, self.options, seeds)
+
+
+class DoRAOptions(_LowRankOptions):
+    """Options of DoRA."""
+
+    name: Literal["dora"] = "dora"
+
+
+@TUNERS.register("dora")
+class DoRA(Tuner[DoRAOptions]):
+    """LoRA's update, after which each row of the weights gets a learned length: (m / |V|) V x (Liu et al.).
+
+    V is W + (alpha / rank) B A, and m starts as the lengths of W's rows. No gradient goes through |V|, as in the paper.
+    """
+
+    Options: ClassVar[type[MethodOptions]] = DoRAOptions
+    summary: ClassVar[str] = (
+        "low-rank updates of linear layers and lengths of their rows, through peft (arXiv 2402.09353)"
+    )
+    learning_rate: ClassVar[float] = 1e-3
+
+    def attach(self, backbone: Backbone, seeds: Seeds, images: Tensor | None = None) -> TunedBackbone:  # noqa: ARG002
+        """See `Tuner.attach`."""
+        return _attach(backbone, self.options, seeds, use_dora=True)
