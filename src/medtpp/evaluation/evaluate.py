@@ -90,12 +90,15 @@ class Evaluation:
         return rows
 
     def _title(self, name: str) -> str:
-        if name not in _ONE_VS_REST:
-            return _TITLES[name]
-        if self.positive is None:
-            return f"macro {_TITLES[name]}"
+        if name not in _ONE_VS_REST or self.positive is None:
+            return metric_title(name, macro=self.positive is None)
         short = self.positive[: _LONGEST_NAME - 1] + "…" if len(self.positive) > _LONGEST_NAME else self.positive
         return f"{_TITLES[name]}, {short}"
+
+
+def metric_title(name: str, *, macro: bool) -> str:
+    """A metric in a reader's words; `macro` where every class is compared to the rest."""
+    return f"macro {_TITLES[name]}" if macro and name in _ONE_VS_REST else _TITLES[name]
 
 
 def evaluate(

@@ -20,7 +20,7 @@ from medtpp.evaluation.evaluate import score_cases
 from medtpp.evaluation.metrics import OVERALL, overall
 from medtpp.evaluation.predictions import Predictions
 
-Verdict = Literal["helps", "hurts", "equivalent", "no difference seen", "too few seeds"]
+Verdict = Literal["helps", "hurts", "equivalent", "no difference seen", "too few seeds", "undefined"]
 Floats = NDArray[np.float64]
 
 LOWER_IS_BETTER = frozenset({"ece", "brier", "log_loss"})
@@ -166,10 +166,13 @@ def judge(found: Difference, p_adjusted: float | None, *, metric: str, margin: f
 
     Returns:
         "helps" or "hurts" where the adjusted p-value is below 0.05; "equivalent" where the narrow interval lies within
-        the margin; "too few seeds" below 5 of them; else "no difference seen", which is not "equivalent".
+        the margin; "too few seeds" below 5 of them; "undefined" where the metric is; else "no difference seen", which is
+        not "equivalent".
     """
     value, narrow = found.estimate.value, found.narrow
-    if len(found.by_seed) < FEWEST_SEEDS or value is None:
+    if value is None:
+        return "undefined"
+    if len(found.by_seed) < FEWEST_SEEDS:
         return "too few seeds"
     if p_adjusted is not None and p_adjusted < SIGNIFICANT:
         return "helps" if (value > 0) != (metric in LOWER_IS_BETTER) else "hurts"

@@ -215,8 +215,17 @@ def finetune_stage(prepared: Prepared, folder: Path, tell: Tell, *, start: Path 
     return folder / "adapter"
 
 
-def evaluate_stage(prepared: Prepared, adapter: Path, folder: Path, *, backbone: str | None = None) -> Evaluation:
-    """Predict the test cases in float32 and write predictions.csv, the worst mistakes and, last, evaluation.json.
+def evaluate_stage(
+    prepared: Prepared, adapter: Path, folder: Path, *, backbone: str | None = None, mistakes: bool = True
+) -> Evaluation:
+    """Predict the test cases in float32 and write predictions.csv and evaluation.json.
+
+    Args:
+        prepared: The data.
+        adapter: A fine-tuned adapter folder.
+        folder: Of the results.
+        backbone: Where the backbone lies now, if it moved.
+        mistakes: Write the most confident mistakes, with their images, too.
 
     Raises:
         LeakageError: The adapter or its backbone was trained on test cases.
@@ -261,8 +270,9 @@ def evaluate_stage(prepared: Prepared, adapter: Path, folder: Path, *, backbone:
         seed=Seeds(prepared.experiment.seed).number("bootstrap"),
         notes=notes,
     )
-    mistakes = confident_mistakes(predictions, evaluation.thresholds)
-    write_mistakes(folder / "mistakes", mistakes, [data.cache.images[data.rows[mistake.row]] for mistake in mistakes])
+    if mistakes:
+        worst = confident_mistakes(predictions, evaluation.thresholds)
+        write_mistakes(folder / "mistakes", worst, [data.cache.images[data.rows[mistake.row]] for mistake in worst])
     evaluation.save(folder)
     return evaluation
 

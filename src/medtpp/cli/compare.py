@@ -1,0 +1,202 @@
+"""`medtpp compare`: does TPP help on these data?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from medtpp.cli._common import (
+    Modality,
+    Overwrite,
+    Resume,
+    Settings,
+    Source,
+    Unlabelled,
+    console,
+    decoding,
+    errors,
+    experiment_from,
+    show_paths,
+    show_split,
+)
+from medtpp.errors import ConfigError, OutputError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from medtpp.workflow.compare import Comparison, Outcome, Summary
+    from medtpp.workflow.compare.plan import Labels
+
+
+def compare(
+    source: Source,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Output folder.")] = None,
+    init: Annotated[str, typer.Option(help="Starts to compare: standard, tpp.")] = "standard,tpp",
+    labels: Annotated[
+        str | None, typer.Option(help="Numbers of labelled cases in all, such as 30,150,all.", show_default=False)
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Label draws, initial weights and batch orders.")] = 10,
+    tuner: Annotated[
+        str | None, typer.Option(help="Tuners, such as lora,ssf; the experiment's by default.", show_default=False)
+    ] = None,
+    arm: Annotated[
+        str | None,
+        typer.Option(help="More arms: longer (equal time), linear, full.", show_default=False),
+    ] = None,
+    metric: Annotated[str, typer.Option(help="What is compared, on the test cases.")] = "auc",
+    margin: Annotated[float, typer.Option(help="Differences below this do not matter; 0.005 is half a point.")] = 0.005,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Processes at once; as many as fit by default.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the cells and the time they take.")] = False,
+    modality: Modality = None,
+    settings: Settings = None,
+    unlabelled: Unlabelled = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Compare starts of fine-tuning fairly: same split, label draws, heads, batches and steps, over several seeds."""
+    experiment = experiment_from(source, settings, unlabelled, modality)
+    from medtpp.workflow.compare import Axes, measure, open_comparison, run_cells, summarise
+
+    if out is None and not dry_run:
+        raise OutputError("Name an output folder with --out, or look at the plan with --dry-run.")
+    axes = Axes(
+        tuners=_names(tuner),
+        inits=_names(init),  # type: ignore[arg-type]  # Axes says what is wrong with a name
+        extras=_names(arm),  # type: ignore[arg-type]
+        labels=_counts(labels),
+        seeds=seeds,
+        metric=metric,
+        margin=margin,
+    )
+    folder = None if dry_run else out
+    with decoding() as progress:
+        comparison = open_comparison(
+            experiment, axes, folder, jobs=jobs, resume=resume, overwrite=overwrite, progress=progress
+        )
+    show_split(comparison.prepared, tpp=True)
+    with console.status("measuring steps"):
+        comparison = measure(comparison, folder)
+    _show_plan(comparison, folder)
+    if folder is None:
+        return
+    _follow(run_cells(comparison, folder), len(comparison.missing_cells(folder)) + len(comparison.missing_tpp(folder)))
+    summary = summarise(comparison, folder)
+    _show_means(summary)
+    _show_differences(summary)
+    _show_failures(summary)
+    show_paths(cells=folder / "cells.csv")
+    if summary.failed:
+        raise typer.Exit(1)
+
+
+def _names(text: str | None) -> tuple[str, ...]:
+    return tuple(name.strip() for name in (text or "").split(",") if name.strip())
+
+
+def _counts(text: str | None) -> tuple[Labels, ...]:
+    names = _names(text)
+    wrong = [name for name in names if name != "all" and not (name.isdecimal() and int(name))]
+    if wrong:
+        raise ConfigError(f"--labels takes whole numbers and all, as in 30,150,all, and not {', '.join(wrong)}.")
+    return tuple("all" if name == "all" else int(name) for name in names)
+
+
+def _show_plan(comparison: Comparison, folder: Path | None) -> None:
+    """Arms, cells and the time they will take."""
+    table = Table(box=None, pad_edge=False, title_justify="left", title="Plan")
+    for name in ("labels", "arm", "cells", "steps", "minutes each"):
+        table.add_column(name, justify="left" if name in ("labels", "arm") else "right")
+    seeds = comparison.axes.seeds
+    for run in dict.fromkeys(tuner for tuner, _ in comparison.tpp_runs):
+        seconds = comparison.tpp_seconds(run)
+        table.add_row("", f"TPP of {run}", str(seeds), str(comparison.budget.tpp), _minutes(seconds))
+    for index, cell in enumerate(cells := [cell for cell in comparison.cells if cell.seed == comparison.base.seed]):
+        first = index == 0 or cells[index - 1].labels != cell.labels
+        seconds = comparison.seconds(cell)
+        steps = str(comparison.steps(cell))
+        table.add_row(str(cell.labels) if first else "", cell.arm.name, str(seeds), steps, _minutes(seconds))
+    console.print(table)
+    machine, missing = comparison.machine, comparison.missing_cells(folder)
+    console.print(
+        f"[bold]estimate[/bold]  {len(missing)} cells and {len(comparison.missing_tpp(folder))} runs of TPP to do, "
+        f"processes {machine.processes}, threads {machine.threads} each: about "
+        f"{_duration(comparison.seconds_left(folder))}"
+    )
+
+
+def _minutes(seconds: float | None) -> str:
+    return "?" if seconds is None else f"{seconds / 60:.1f}"
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    if minutes < 2:
+        return f"{max(1, round(seconds)):d} s"
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def _follow(outcomes: Iterable[Outcome], total: int) -> None:
+    """A bar on a terminal, lines elsewhere."""
+    from rich.progress import Progress
+
+    with Progress(console=errors, transient=True, disable=not errors.is_terminal) as bar:
+        task = bar.add_task("comparing", total=total)
+        for done, outcome in enumerate(outcomes, start=1):
+            bar.advance(task)
+            if outcome.error is not None:
+                errors.print(f"{done}/{total} failed: {outcome.job.name}: {outcome.error}", markup=False)
+            elif not errors.is_terminal:
+                errors.print(f"{done}/{total} {outcome.job.name}, {outcome.seconds:.0f} s", markup=False)
+
+
+def _show_means(summary: Summary) -> None:
+    table = Table(
+        box=None, pad_edge=False, title_justify="left", title=f"\n{summary.metric_title}, mean over the seeds"
+    )
+    for name in ("labels", "arm", "mean", "95% interval", "seeds", "seconds"):
+        table.add_column(name, justify="right" if name in ("seeds", "seconds") else "left")
+    before = ""
+    for mean in summary.means:
+        spent = None if mean.seconds is None else mean.seconds + (mean.tpp_seconds or 0.0)
+        table.add_row(
+            mean.labels if mean.labels != before else "",
+            mean.arm,
+            "failed" if mean.value is None else f"{mean.value:.3f}",
+            "" if mean.low is None else f"[{mean.low:.3f}, {mean.high:.3f}]",
+            str(mean.seeds),
+            "" if spent is None else f"{spent:.0f}",
+        )
+        before = mean.labels
+    console.print(table, markup=False)
+
+
+def _show_differences(summary: Summary) -> None:
+    if not summary.differences:
+        return
+    table = Table(box=None, pad_edge=False, title_justify="left", title="\nTPP minus another arm, paired")
+    for name in ("labels", "comparison", "gap", "95% interval", "verdict"):
+        table.add_column(name)
+    for row in summary.differences:
+        table.add_row(
+            row.labels,
+            f"{row.arm} - {row.baseline.removeprefix(row.arm.split()[0]).strip() or row.baseline}",
+            "" if row.value is None else f"{row.value:+.3f}",
+            "" if row.low is None else f"[{row.low:+.3f}, {row.high:+.3f}]",
+            row.verdict,
+        )
+    console.print(table)
+    console.print()
+    for row in summary.differences:
+        console.print(row.sentence, markup=False)
+    for note in summary.notes:
+        console.print(f"note: {note}", markup=False)
+
+
+def _show_failures(summary: Summary) -> None:
+    for failure in summary.failed:
+        errors.print(f"failed: {failure['cell']}: {failure['reason']}", markup=False)
+    if summary.failed:
+        errors.print("--resume tries them again.")

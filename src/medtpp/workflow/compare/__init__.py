@@ -1,0 +1,17 @@
+"""`medtpp compare`: does TPP help on these data?
+
+OUT/experiment.yaml, split.csv        # one split for all: the patients of the test set are the same everywhere
+OUT/timing.json                       # measured steps
+OUT/tpp/TUNER/seedN/                  # one pretext stage for all label counts of a tuner and seed
+OUT/cells/TUNER-INIT/LABELS/seedN/    # finetune/, evaluation/, complete.json
+OUT/logs/                             # what the processes said, and why some failed
+OUT/cells.csv, comparison.json        # the results
+"""
+
+from medtpp.workflow.compare.comparison import Comparison, open_comparison
+from medtpp.workflow.compare.plan import Axes
+from medtpp.workflow.compare.pool import Outcome
+from medtpp.workflow.compare.run import measure, run_cells
+from medtpp.workflow.compare.summary import Summary, summarise
+
+__all__ = ["Axes", "Comparison", "Outcome", "Summary", "measure", "open_comparison", "run_cells", "summarise"]

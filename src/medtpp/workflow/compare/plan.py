@@ -1,0 +1,184 @@
+"""What a comparison consists of: arms, label counts and seeds, crossed into cells."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+from medtpp.config import TUNERS, Experiment, LoggingOptions
+from medtpp.errors import ConfigError
+from medtpp.evaluation.metrics import OVERALL
+
+Init = Literal["standard", "tpp", "longer"]
+Extra = Literal["longer", "linear", "full"]
+Labels = int | Literal["all"]
+REFERENCES = ("linear", "full")  # tuners that are arms of their own
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A way to train.
+
+    Attributes:
+        tuner: Name of the tuner.
+        init: "standard" is the tuner's own start, "tpp" starts from Target Parameter Pre-training, "longer" starts like
+            "standard" and fine-tunes for as long as "tpp" takes with its pretext stage.
+    """
+
+    tuner: str
+    init: Init
+
+    @property
+    def name(self) -> str:
+        """For tables: "lora tpp"; the references "linear" and "full" have one start alone."""
+        return self.tuner if self.tuner in REFERENCES else f"{self.tuner} {self.init}"
+
+    @property
+    def folder(self) -> str:
+        """For paths."""
+        return f"{self.tuner}-{self.init}"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training and its test: an arm, a label count, a seed."""
+
+    arm: Arm
+    labels: Labels
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """In a reader's words."""
+        labels = "all labels" if self.labels == "all" else f"{self.labels} labels"
+        return f"{self.arm.name}, {labels}, seed {self.seed}"
+
+    def folder(self, out: Path) -> Path:
+        """Where its files lie."""
+        return out / "cells" / self.arm.folder / str(self.labels) / f"seed{self.seed}"
+
+
+@dataclass(frozen=True)
+class Axes:
+    """What is compared.
+
+    Attributes:
+        tuners: Names of tuners; () for the experiment's own.
+        inits: Of "standard" and "tpp".
+        extras: Further arms: "longer" for each tuner, "linear" and "full" once.
+        labels: How many labelled cases in all, validation included; () for what the experiment says.
+        seeds: How many seeds, from the experiment's on.
+        metric: On the test cases.
+        margin: Differences of the metric below this do not matter; set before looking.
+
+    Raises:
+        ConfigError: The values make no comparison; all reasons are listed.
+    """
+
+    tuners: tuple[str, ...] = ()
+    inits: tuple[Init, ...] = ("standard", "tpp")
+    extras: tuple[Extra, ...] = ()
+    labels: tuple[Labels, ...] = ()
+    seeds: int = 10
+    metric: str = "auc"
+    margin: float = 0.005
+
+    def __post_init__(self) -> None:
+        problems = [
+            f"there is no {what} {name!r}; there are {', '.join(known)}"
+            for what, names, known in (
+                ("tuner", self.tuners, tuple(name for name, _ in TUNERS.items())),
+                ("init", self.inits, ("standard", "tpp")),
+                ("arm", self.extras, get_args(Extra)),
+                ("metric", (self.metric,), OVERALL),
+            )
+            for name in names
+            if name not in known
+        ]
+        for what, values in (
+            ("tuner", self.tuners),
+            ("init", self.inits),
+            ("arm", self.extras),
+            ("label count", self.labels),
+        ):
+            problems += [f"{what} {value} is named twice" for value in dict.fromkeys(values) if values.count(value) > 1]
+        if not self.inits and not self.extras:
+            problems.append("there is no arm")
+        if self.seeds < 1:
+            problems.append(f"there are {self.seeds} seeds; 10 are advised")
+        if self.margin < 0:
+            problems.append(f"the margin is {self.margin}; it is 0 or more")
+        if "longer" in self.extras and "tpp" not in self.inits:
+            problems.append("the arm longer takes as long as TPP, so the init tpp has to be there")
+        without = [] if "tpp" not in self.inits else [name for name in self.tuners if not _has_targets(name)]
+        problems += [f"{name} has no target parameters for TPP; name it as an arm instead" for name in without]
+        if problems:
+            raise ConfigError("This is no comparison:", problems)
+
+    def arms(self, experiment: Experiment) -> tuple[Arm, ...]:
+        """All arms, tuner by tuner, then the references."""
+        tuners = self.tuners or (experiment.tuner.name,)
+        inits: tuple[Init, ...] = (*self.inits, *(("longer",) if "longer" in self.extras else ()))
+        own = [Arm(tuner, init) for tuner in tuners for init in inits]
+        references = [Arm(name, "standard") for name in REFERENCES if name in self.extras]
+        return tuple(dict.fromkeys([*own, *references]))
+
+    def cells(self, experiment: Experiment) -> Iterator[Cell]:
+        """All cells, seed by seed, so that a comparison that is stopped has whole pairs."""
+        seeds = range(experiment.seed, experiment.seed + self.seeds)
+        counts = self.labels or (experiment.data.labels,)
+        for seed, labels, arm in itertools.product(seeds, counts, self.arms(experiment)):
+            yield Cell(arm, labels, seed)
+
+
+def _has_targets(name: str) -> bool:
+    return name not in dict(TUNERS.items()) or TUNERS.get(name).has_targets
+
+
+def base_experiment(experiment: Experiment) -> Experiment:
+    """An experiment as it is compared: TPP never sees test images, the last weights count, CSV logs alone.
+
+    Raises:
+        ConfigError: It asks for transductive TPP.
+    """
+    if experiment.tpp.transductive:
+        raise ConfigError(
+            "tpp.transductive is for single runs: a comparison in which TPP sees the test images shows nothing. "
+            "Use --set tpp.transductive=false."
+        )
+    return experiment.model_copy(
+        update={
+            "finetune": experiment.finetune.model_copy(update={"keep": "last"}),
+            "tpp": experiment.tpp.model_copy(update={"enabled": True}),
+            "logging": LoggingOptions(tensorboard=False),
+        }
+    )
+
+
+def cell_experiment(
+    base: Experiment, cell: Cell, *, steps: int | None = None, threads: int | None = None
+) -> Experiment:
+    """The experiment of one cell.
+
+    Options and learning rates that the user gave belong to the user's tuner; other tuners have their own.
+
+    Args:
+        base: From `base_experiment`, as written by the user.
+        cell: Which.
+        steps: Of fine-tuning, where they are not the experiment's.
+        threads: CPU threads of the process.
+    """
+    tpp, finetune = base.tpp.model_copy(update={"enabled": cell.arm.init == "tpp"}), base.finetune
+    update: dict[str, object] = {"seed": cell.seed, "data": base.data.model_copy(update={"labels": cell.labels})}
+    if threads is not None:
+        update["hardware"] = base.hardware.model_copy(update={"threads": threads})
+    if cell.arm.tuner != base.tuner.name:
+        own = {"learning_rate": "auto", "weight_decay": 0.0}
+        update["tuner"] = TUNERS.get(cell.arm.tuner).Options()
+        tpp, finetune = tpp.model_copy(update=own), finetune.model_copy(update=own)
+    if steps is not None:
+        finetune = finetune.model_copy(update={"steps": steps})
+    return base.model_copy(update={**update, "tpp": tpp, "finetune": finetune})

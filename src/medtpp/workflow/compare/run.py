@@ -1,0 +1,112 @@
+"""The cells of a comparison, measured and done on several processes."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import psutil
+from filelock import FileLock, Timeout
+
+from medtpp.errors import OutputError
+from medtpp.files import read_json, write_json
+from medtpp.workflow.compare.comparison import Comparison, Machine, log_file, tpp_folder
+from medtpp.workflow.compare.plan import Arm, Cell, cell_experiment
+from medtpp.workflow.compare.pool import Job, Outcome, run_jobs
+from medtpp.workflow.compare.work import Timing, do_cell, do_tpp, time_steps
+
+_MEMORY_SHARE = 0.8  # of what is free, for all processes together
+_TIMINGS = "timing.json"
+
+
+def measure(comparison: Comparison, out: Path | None) -> Comparison:
+    """The same comparison with its steps timed, on as many processes as memory allows.
+
+    What was measured before in the folder is taken from there, so that a resumed "longer" has the same steps.
+
+    Args:
+        comparison: Opened.
+        out: Of the comparison; None writes nothing.
+    """
+    known: dict[str, Timing] = {}
+    if out is not None and (out / _TIMINGS).is_file():
+        known = {name: Timing(**values) for name, values in read_json(out / _TIMINGS).items()}
+    with TemporaryDirectory(prefix="medtpp-") as scratch:
+        for outcome in _run(comparison.machine, list(_timing_jobs(comparison, known, Path(scratch)))):
+            if outcome.error is None:  # a tuner that fails will fail in its cells, and be told there
+                known[outcome.job.name.split()[0]] = outcome.value
+    if out is not None:
+        write_json(out / _TIMINGS, {name: asdict(timing) for name, timing in known.items()})
+    return replace(comparison, timings=known, machine=_within_memory(comparison.machine, known))
+
+
+def run_cells(comparison: Comparison, out: Path) -> Iterator[Outcome]:
+    """Do what is not done yet; gives each pretext stage and cell as it ends. A failure is kept beside the log.
+
+    Raises:
+        OutputError: Another process is at work in the folder.
+    """
+    lock = FileLock(out / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise OutputError(f"Another process is at work in {out}. Wait for it, or name another folder.") from None
+    with lock:
+        for outcome in _run(comparison.machine, list(_jobs(comparison, out))):
+            failure = outcome.job.log.with_suffix(".json")
+            if outcome.error is None:
+                failure.unlink(missing_ok=True)
+            else:
+                write_json(failure, {"name": outcome.job.name, "reason": outcome.error})
+            yield outcome
+
+
+def _run(machine: Machine, jobs: list[Job]) -> Iterator[Outcome]:
+    return run_jobs(jobs, processes=machine.processes, threads=machine.threads, gpus=machine.gpus)
+
+
+def _timing_jobs(comparison: Comparison, known: dict[str, Timing], scratch: Path) -> Iterator[Job]:
+    """Each tuner on every process at once, for they share caches and memory bandwidth."""
+    first = comparison.cells[0]
+    for tuner in dict.fromkeys(arm.tuner for arm in comparison.arms):
+        pretext = Arm(tuner, "tpp")
+        arm = pretext if pretext in comparison.arms else Arm(tuner, "standard")
+        cell = Cell(arm, first.labels, first.seed)
+        experiment = cell_experiment(comparison.base, cell, threads=comparison.machine.threads)
+        for copy in range(0 if tuner in known else comparison.machine.processes):
+            call = functools.partial(time_steps, comparison.prepared, experiment)
+            yield Job(f"{tuner} {copy}", call, scratch / "output.log")
+
+
+def _jobs(comparison: Comparison, out: Path) -> Iterator[Job]:
+    """The pretext stages, each just before the first cell that starts from it, and the cells."""
+    threads, missing = comparison.machine.threads, comparison.missing_tpp(out)
+    begun: set[tuple[str, int]] = set()
+    for cell in comparison.missing_cells(out):
+        folder, start, after = cell.folder(out), None, None
+        if cell.arm.init == "tpp":
+            run = (cell.arm.tuner, cell.seed)
+            pretext, name = tpp_folder(out, *run), f"TPP of {cell.arm.tuner}, seed {cell.seed}"
+            start, after = pretext / "adapter", name if run in missing else None
+            if run in missing and run not in begun:
+                begun.add(run)
+                experiment = cell_experiment(comparison.base, replace(cell, labels="all"), threads=threads)
+                yield Job(
+                    name, functools.partial(do_tpp, comparison.prepared, experiment, pretext), log_file(out, pretext)
+                )
+        experiment = cell_experiment(comparison.base, cell, steps=comparison.steps(cell), threads=threads)
+        work = functools.partial(do_cell, comparison.prepared, experiment, folder, start)
+        yield Job(cell.name, work, log_file(out, folder), after)
+
+
+def _within_memory(machine: Machine, timings: dict[str, Timing]) -> Machine:
+    """Fewer processes where the memory that is free would not hold them all. GPUs look after themselves."""
+    peak = max((timing.memory_mib for timing in timings.values()), default=0.0)
+    if machine.gpus or not peak:
+        return machine
+    fit = int(_MEMORY_SHARE * psutil.virtual_memory().available / 2**20 / peak)
+    processes = max(1, min(machine.processes, fit))
+    return Machine(processes, machine.threads * machine.processes // processes)

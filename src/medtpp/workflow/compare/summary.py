@@ -1,0 +1,283 @@
+"""From the cells' files to cells.csv and comparison.json: means, paired differences, and what may be said of them."""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from medtpp.evaluation.bootstrap import Bootstrap
+from medtpp.evaluation.evaluate import metric_title
+from medtpp.evaluation.metrics import OVERALL
+from medtpp.evaluation.paired import LOWER_IS_BETTER, Run, Scores, Verdict, difference, holm, judge, resample
+from medtpp.evaluation.predictions import read_predictions
+from medtpp.files import MARKER, atomic, read_json, write_json
+from medtpp.seeds import Seeds
+from medtpp.workflow.compare.comparison import Comparison, log_file, tpp_folder
+from medtpp.workflow.compare.plan import REFERENCES, Arm, Cell
+from medtpp.workflow.compare.words import sentence
+
+SCHEMA = 1
+RESAMPLES = 2000
+LEVEL = 0.95
+_DESCRIPTIONS = {
+    "standard": "{} from its own start, then fine-tuning",
+    "tpp": "{}, Target Parameter Pre-training, then the same fine-tuning",
+    "longer": "{} from its own start, fine-tuned for as long as TPP and fine-tuning take together",
+}
+_REFERENCE_TEXTS = {"linear": "a head on frozen features", "full": "all weights of the backbone fine-tuned"}
+
+
+@dataclass(frozen=True)
+class Mean:
+    """An arm at a label count: the mean over its seeds, and what it costs; None where no cell ended well."""
+
+    arm: str
+    labels: str
+    seeds: int
+    value: float | None
+    low: float | None
+    high: float | None
+    seconds: float | None
+    tpp_seconds: float | None
+    peak_memory_mib: float | None
+    target_parameters: int | None
+
+
+@dataclass(frozen=True)
+class Paired:
+    """An arm minus a baseline at a label count."""
+
+    arm: str
+    baseline: str
+    labels: str
+    seeds: int
+    value: float | None
+    low: float | None
+    high: float | None
+    p: float | None
+    p_holm: float | None
+    verdict: Verdict
+    sentence: str
+    by_seed: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What `comparison.json` holds; docs/compare.md describes the fields."""
+
+    data: str
+    metric: str
+    metric_title: str
+    higher_is_better: bool
+    margin: float
+    level: float
+    n_cases: int
+    n_patients: int
+    unit: str
+    resamples: int
+    seeds: list[int]
+    labels: list[str]
+    label_counts: dict[str, int]
+    arms: list[dict[str, str]]
+    means: list[Mean]
+    differences: list[Paired]
+    tpp: list[dict[str, Any]]
+    failed: list[dict[str, str]]
+    notes: list[str]
+
+
+def summarise(comparison: Comparison, out: Path) -> Summary:
+    """Evaluate what is there, and write `cells.csv` and `comparison.json`."""
+    rows = [_row(comparison, cell, out) for cell in comparison.cells]
+    _write_rows(out / "cells.csv", rows)
+    test = comparison.prepared.cases("test")
+    patients = {case.patient or f"case {case.id}" for case in test}
+    axes, seeds = comparison.axes, sorted({cell.seed for cell in comparison.cells})
+    bootstrap = Bootstrap(
+        RESAMPLES,
+        LEVEL,
+        Seeds(comparison.base.seed).number("bootstrap"),
+        "patient" if any(case.patient for case in test) else "case",
+    )
+    runs = {cell: _run(cell.folder(out)) for cell in comparison.cells if (cell.folder(out) / MARKER).is_file()}
+    scores: dict[tuple[Arm, str], Scores] = {}
+    for arm in comparison.arms:
+        for labels in comparison.labels:
+            mine = {cell.seed: run for cell, run in runs.items() if (cell.arm, cell.labels) == (arm, labels)}
+            if mine:
+                scores[arm, str(labels)] = resample(mine, axes.metric, bootstrap)
+    positive = next((run.positive for run in runs.values()), None)
+    title = metric_title(axes.metric, macro=positive is None)
+    counts = {
+        str(labels): sum(part != "test" for part in comparison.prepared.split.values()) if labels == "all" else labels
+        for labels in comparison.labels
+    }
+    summary = Summary(
+        data=comparison.prepared.dataset.root.resolve().name,
+        metric=axes.metric,
+        metric_title=title,
+        higher_is_better=axes.metric not in LOWER_IS_BETTER,
+        margin=axes.margin,
+        level=LEVEL,
+        n_cases=len(test),
+        n_patients=len(patients),
+        unit=bootstrap.unit,
+        resamples=RESAMPLES,
+        seeds=seeds,
+        labels=list(counts),
+        label_counts=counts,
+        arms=[_describe(arm) for arm in comparison.arms],
+        means=[_mean(arm, labels, scores.get((arm, labels)), rows) for labels in counts for arm in comparison.arms],
+        differences=_differences(comparison, scores, title),
+        tpp=_pretext(comparison, out),
+        failed=_failed(comparison, out),
+        notes=_notes(comparison),
+    )
+    write_json(out / "comparison.json", {"schema": SCHEMA, **asdict(summary)})
+    return summary
+
+
+def _describe(arm: Arm) -> dict[str, str]:
+    text = _REFERENCE_TEXTS.get(arm.tuner) or _DESCRIPTIONS[arm.init].format(arm.tuner)
+    return {"name": arm.name, "tuner": arm.tuner, "init": arm.init, "description": text}
+
+
+def _run(folder: Path) -> Run:
+    evaluation = read_json(folder / "evaluation" / "evaluation.json")
+    predictions = read_predictions(folder / "evaluation" / "predictions.csv")
+    return Run(predictions, evaluation["thresholds"], evaluation["positive"])
+
+
+def _row(comparison: Comparison, cell: Cell, out: Path) -> dict[str, Any]:
+    """A cell for `cells.csv`: what it is, what came out, what it cost."""
+    folder = cell.folder(out)
+    row: dict[str, Any] = {
+        "data": comparison.prepared.dataset.root.resolve().name,
+        "tuner": cell.arm.tuner,
+        "init": cell.arm.init,
+        "arm": cell.arm.name,
+        "labels": cell.labels,
+        "seed": cell.seed,
+        "status": "failed" if log_file(out, folder).with_suffix(".json").is_file() else "missing",
+        "folder": folder.relative_to(out).as_posix(),
+    }
+    if not (folder / MARKER).is_file():
+        return row
+    done, stage = read_json(folder / MARKER), read_json(folder / "finetune" / MARKER)
+    row |= {"status": "done", **{f"n_{name}": count for name, count in done["cases"].items()}}
+    row |= {name: done["metrics"][name] for name in OVERALL}
+    for name in ("steps", "batch_size", "seconds", "peak_memory_mib", "target_parameters", "head_parameters"):
+        row[name] = stage[name]
+    if cell.arm.init == "tpp":
+        pretext = read_json(tpp_folder(out, cell.arm.tuner, cell.seed) / MARKER)
+        for name in ("steps", "seconds", "pretext_loss_on", "pretext_loss_off", "feature_drift"):
+            row[f"tpp_{name}"] = pretext[name]
+    return row
+
+
+def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    with atomic(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as stream:
+        writer = csv.DictWriter(stream, names, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _mean(arm: Arm, labels: str, scores: Scores | None, rows: list[dict[str, Any]]) -> Mean:
+    done = [row for row in rows if (row["arm"], str(row["labels"]), row["status"]) == (arm.name, labels, "done")]
+    if scores is None or not done:
+        return Mean(arm.name, labels, 0, None, None, None, None, None, None, None)
+    estimate = scores.mean()
+    spent = [row["tpp_seconds"] for row in done if "tpp_seconds" in row]
+    return Mean(
+        arm=arm.name,
+        labels=labels,
+        seeds=len(done),
+        value=estimate.value,
+        low=estimate.low,
+        high=estimate.high,
+        seconds=median(row["seconds"] for row in done),
+        tpp_seconds=median(spent) if spent else None,
+        peak_memory_mib=max(row["peak_memory_mib"] for row in done),
+        target_parameters=done[0]["target_parameters"],
+    )
+
+
+def _differences(comparison: Comparison, scores: dict[tuple[Arm, str], Scores], title: str) -> list[Paired]:
+    """TPP against the other starts of its tuner and against the references: for each kind a family of tests."""
+    found = []
+    for kind in ("standard", "longer", "linear", "full"):
+        pairs = [
+            (arm, baseline, labels, difference(scores[arm, labels], scores[baseline, labels]))
+            for arm in comparison.arms
+            for baseline in comparison.arms
+            for labels in map(str, comparison.labels)
+            if arm.init == "tpp" and _is_baseline(baseline, kind, arm)
+            if _share_seeds(scores.get((arm, labels)), scores.get((baseline, labels)))
+        ]
+        for (arm, baseline, labels, gap), p_holm in zip(pairs, holm([pair[3].p for pair in pairs]), strict=True):
+            axes = comparison.axes
+            verdict = judge(gap, p_holm, metric=axes.metric, margin=axes.margin)
+            found.append(
+                Paired(
+                    arm=arm.name,
+                    baseline=baseline.name,
+                    labels=labels,
+                    seeds=len(gap.by_seed),
+                    value=gap.estimate.value,
+                    low=gap.estimate.low,
+                    high=gap.estimate.high,
+                    p=gap.p,
+                    p_holm=p_holm,
+                    verdict=verdict,
+                    sentence=sentence(arm.tuner, baseline, labels, gap, verdict, axes.metric, title, axes.margin),
+                    by_seed={str(seed): value for seed, value in gap.by_seed.items()},
+                )
+            )
+    return found
+
+
+def _is_baseline(baseline: Arm, kind: str, arm: Arm) -> bool:
+    if kind in REFERENCES:
+        return baseline.tuner == kind
+    return baseline.init == kind and baseline.tuner == arm.tuner
+
+
+def _share_seeds(first: Scores | None, second: Scores | None) -> bool:
+    return first is not None and second is not None and not set(first.seeds).isdisjoint(second.seeds)
+
+
+def _pretext(comparison: Comparison, out: Path) -> list[dict[str, Any]]:
+    found = []
+    for tuner, seed in comparison.tpp_runs:
+        folder = tpp_folder(out, tuner, seed)
+        if (folder / MARKER).is_file():
+            told = read_json(folder / MARKER)
+            names = ("pretext_loss_on", "pretext_loss_off", "feature_drift", "steps", "seconds", "peak_memory_mib")
+            files = {"log": folder / "log.csv", "preview": folder / "preview.png"}
+            found.append(
+                {"tuner": tuner, "seed": seed}
+                | {name: told[name] for name in names}
+                | {name: path.relative_to(out).as_posix() for name, path in files.items() if path.is_file()}
+            )
+    return found
+
+
+def _failed(comparison: Comparison, out: Path) -> list[dict[str, str]]:
+    stages = [tpp_folder(out, tuner, seed) for tuner, seed in comparison.tpp_runs]
+    folders = [*stages, *(cell.folder(out) for cell in comparison.cells)]
+    files = [log_file(out, folder).with_suffix(".json") for folder in folders if not (folder / MARKER).is_file()]
+    found = [read_json(path) for path in files if path.is_file()]
+    return [{"cell": failure["name"], "reason": failure["reason"]} for failure in found]
+
+
+def _notes(comparison: Comparison) -> list[str]:
+    notes = []
+    if comparison.axes.seeds < 10:
+        notes.append(f"{comparison.axes.seeds} seeds: with few labels at least 10 are advised.")
+    if not any(case.patient for case in comparison.prepared.dataset.cases):
+        notes.append("No patient is known: the bootstrap draws cases, and intervals are too narrow if patients repeat.")
+    return notes
