@@ -119,6 +119,19 @@ def finished() -> tuple[Path, Result]:
     return folder, done("run", data_folder(), "--out", folder, "--modality", "xray", *settings())
 
 
+def compare_command() -> list[str]:
+    """A comparison of two arms, two label counts and two seeds, each process with one thread."""
+    axes = ["--labels", "12,all", "--seeds", "2"]
+    return ["compare", str(data_folder()), "--modality", "xray", *axes, *settings("hardware.threads=2")]
+
+
+@cache
+def compared() -> tuple[Path, Result]:
+    """A whole comparison's folder, not to be changed, and what it said."""
+    folder = _ROOT / "comparison"
+    return folder, done(*compare_command(), "--out", folder)
+
+
 def run_folder() -> Path:
     """The folder of a whole run, not to be changed."""
     return finished()[0]

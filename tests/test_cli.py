@@ -129,8 +129,11 @@ def test_check_tells_errors_from_warnings(tmp_path):
 def test_run_writes_what_it_says():
     folder, result = finished()
     adapter = {"adapter_config.json", "adapter_model.safetensors", "medtpp.json", "README.md"}
-    expected = {"experiment.yaml", "split.csv", "summary.json"}
-    expected |= {f"evaluation/{name}" for name in ("predictions.csv", "evaluation.json")}
+    expected = {"experiment.yaml", "split.csv", "summary.json", "report.html"}
+    expected |= {f"evaluation/{name}" for name in ("predictions.csv", "evaluation.json", "mistakes/mistakes.json")}
+    mistakes = read_json(folder / "evaluation" / "mistakes" / "mistakes.json")
+    assert mistakes
+    expected |= {f"evaluation/mistakes/{mistake['image']}" for mistake in mistakes}
     expected |= {f"tpp/{name}" for name in ("complete.json", "inputs.json", "log.csv", "preview.png")}
     expected |= {f"finetune/{name}" for name in ("complete.json", "inputs.json", "log.csv", "validation.csv")}
     expected |= {f"tpp/adapter/{name}" for name in adapter}
@@ -380,6 +383,7 @@ def test_patients_and_paths_stay_where_they_belong():
     patients = {row["patient"] for row in table(data_folder() / "manifest.csv")}
     names = {row["image"] for row in table(data_folder() / "manifest.csv")}
     assert {name for name, text in told.items() if any(patient.encode() in text for patient in patients)} == cases
+    cases |= {"evaluation/mistakes/mistakes.json", "report.html"}
     assert {name for name, text in told.items() if any(image.encode() in text for image in names)} == cases
     assert {name for name, text in told.items() if str(data_folder()).encode() in text} == {"experiment.yaml"}
     said = finished()[1].text

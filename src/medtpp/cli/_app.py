@@ -7,7 +7,21 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from medtpp.cli import check, doctor, evaluate, finetune, init, listing, phantom, predict, pretrain, run, tpp
+from medtpp.cli import (
+    check,
+    compare,
+    doctor,
+    evaluate,
+    finetune,
+    init,
+    listing,
+    phantom,
+    predict,
+    pretrain,
+    report,
+    run,
+    tpp,
+)
 
 
 class Verbs(TyperGroup):
@@ -37,10 +51,12 @@ app = typer.Typer(
 app.command("check")(check.check)
 app.command("init")(init.init)
 app.command("run")(run.run)
+app.command("compare")(compare.compare)
 app.command("tpp")(tpp.tpp)
 app.command("finetune")(finetune.finetune)
 app.command("evaluate")(evaluate.evaluate)
 app.command("predict")(predict.predict)
+app.command("report")(report.report)
 app.command("pretrain")(pretrain.pretrain)
 app.command("list")(listing.list_)
 app.command("phantom")(phantom.phantom)

@@ -58,6 +58,7 @@ def compare(
 ) -> None:
     """Compare starts of fine-tuning fairly: same split, label draws, heads, batches and steps, over several seeds."""
     experiment = experiment_from(source, settings, unlabelled, modality)
+    from medtpp.report import write_report
     from medtpp.workflow.compare import Axes, measure, open_comparison, run_cells, summarise
 
     if out is None and not dry_run:
@@ -87,7 +88,7 @@ def compare(
     _show_means(summary)
     _show_differences(summary)
     _show_failures(summary)
-    show_paths(cells=folder / "cells.csv")
+    show_paths(report=write_report(folder), cells=folder / "cells.csv")
     if summary.failed:
         raise typer.Exit(1)
 

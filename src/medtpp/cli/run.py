@@ -40,4 +40,5 @@ def run(
     for name, stage in result.stages.items():
         show_stage(name, stage)
     show_evaluation(result.evaluation)
-    show_paths(adapter=result.adapter, predict=f"medtpp predict {result.adapter} IMAGES -o out.csv")
+    show_paths(report=out / "report.html", adapter=result.adapter)
+    show_paths(predict=f"medtpp predict {result.adapter} IMAGES -o out.csv")

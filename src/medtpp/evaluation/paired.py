@@ -166,8 +166,8 @@ def judge(found: Difference, p_adjusted: float | None, *, metric: str, margin: f
 
     Returns:
         "helps" or "hurts" where the adjusted p-value is below 0.05; "equivalent" where the narrow interval lies within
-        the margin; "too few seeds" below 5 of them; "undefined" where the metric is; else "no difference seen", which is
-        not "equivalent".
+        the margin; "too few seeds" below 5 of them; "undefined" where the metric is. Else "no difference seen", which
+        is not "equivalent".
     """
     value, narrow = found.estimate.value, found.narrow
     if value is None:

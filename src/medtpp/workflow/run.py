@@ -6,6 +6,7 @@ OUT/tpp/adapter       # after Target Parameter Pre-training
 OUT/finetune/adapter  # the result
 OUT/evaluation/       # predictions.csv, evaluation.json
 OUT/summary.json
+OUT/report.html
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from medtpp.evaluation import (
 )
 from medtpp.files import MARKER, digest, prepare_folder, read_json, write_json
 from medtpp.inference.predict import as_predictions, predict_rows
+from medtpp.report import write_report
 from medtpp.seeds import Seeds
 from medtpp.training.device import choose_accelerator
 from medtpp.training.finetune import FinetuneInputs, run_finetune
@@ -154,6 +156,7 @@ def run_stages(prepared: Prepared, out: Path, tell: Tell = lambda _: None) -> Ru
     metrics = {name: estimate.value for name, estimate in evaluation.metrics.items()}
     summary = {"adapter": adapter.relative_to(out).as_posix(), "stages": stages, "test": metrics}
     write_json(out / "summary.json", summary)
+    write_report(out)
     return RunResult(out, adapter, prepared, evaluation, stages)
 
 

@@ -10,8 +10,8 @@ OUT/cells.csv, comparison.json        # the results
 
 from medtpp.workflow.compare.comparison import Comparison, open_comparison
 from medtpp.workflow.compare.plan import Axes
-from medtpp.workflow.compare.pool import Outcome
 from medtpp.workflow.compare.run import measure, run_cells
 from medtpp.workflow.compare.summary import Summary, summarise
+from medtpp.workflow.pool import Outcome
 
 __all__ = ["Axes", "Comparison", "Outcome", "Summary", "measure", "open_comparison", "run_cells", "summarise"]

@@ -33,8 +33,13 @@ class Arm:
 
     @property
     def name(self) -> str:
-        """For tables: "lora tpp"; the references "linear" and "full" have one start alone."""
-        return self.tuner if self.tuner in REFERENCES else f"{self.tuner} {self.init}"
+        """For tables: "lora tpp"; the references are "linear" and "full"."""
+        return self.tuner if self.is_reference else f"{self.tuner} {self.init}"
+
+    @property
+    def is_reference(self) -> bool:
+        """Whether it shows an end of the scale: nothing of the backbone trained, or all of it."""
+        return self.tuner in REFERENCES and self.init == "standard"
 
     @property
     def folder(self) -> str:

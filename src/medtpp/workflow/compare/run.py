@@ -15,8 +15,8 @@ from medtpp.errors import OutputError
 from medtpp.files import read_json, write_json
 from medtpp.workflow.compare.comparison import Comparison, Machine, log_file, tpp_folder
 from medtpp.workflow.compare.plan import Arm, Cell, cell_experiment
-from medtpp.workflow.compare.pool import Job, Outcome, run_jobs
 from medtpp.workflow.compare.work import Timing, do_cell, do_tpp, time_steps
+from medtpp.workflow.pool import Job, Outcome, run_jobs
 
 _MEMORY_SHARE = 0.8  # of what is free, for all processes together
 _TIMINGS = "timing.json"

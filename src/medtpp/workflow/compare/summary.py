@@ -141,7 +141,7 @@ def summarise(comparison: Comparison, out: Path) -> Summary:
 
 
 def _describe(arm: Arm) -> dict[str, str]:
-    text = _REFERENCE_TEXTS.get(arm.tuner) or _DESCRIPTIONS[arm.init].format(arm.tuner)
+    text = _REFERENCE_TEXTS[arm.tuner] if arm.is_reference else _DESCRIPTIONS[arm.init].format(arm.tuner)
     return {"name": arm.name, "tuner": arm.tuner, "init": arm.init, "description": text}
 
 
@@ -242,7 +242,7 @@ def _differences(comparison: Comparison, scores: dict[tuple[Arm, str], Scores], 
 
 def _is_baseline(baseline: Arm, kind: str, arm: Arm) -> bool:
     if kind in REFERENCES:
-        return baseline.tuner == kind
+        return baseline.is_reference and baseline.tuner == kind != arm.tuner
     return baseline.init == kind and baseline.tuner == arm.tuner
 
 

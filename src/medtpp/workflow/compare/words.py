@@ -36,7 +36,7 @@ def sentence(
         margin: Of equivalence.
     """
     where = f"{tuner}, {'all labels' if labels == 'all' else f'{labels} labels'}"
-    against = _BASELINES[baseline.tuner if baseline.tuner in _BASELINES else baseline.init]
+    against = _BASELINES[baseline.tuner if baseline.is_reference and baseline.tuner != tuner else baseline.init]
     estimate, seeds = gap.estimate, len(gap.by_seed)
     if verdict == "undefined" or estimate.value is None or estimate.low is None or estimate.high is None:
         return f"{where}: the difference to {against} is undefined."

@@ -1,0 +1,270 @@
+"""The report on a comparison: arms over numbers of labels and seeds, and what may be said of their differences."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, median
+
+import pandas as pd
+from markupsafe import Markup
+
+from medtpp.errors import DataError
+from medtpp.report import figures
+from medtpp.report.curves import loss_band
+from medtpp.report.page import Scale, number, plural, render, scale_over
+from medtpp.report.plots import Series
+from medtpp.report.read import (
+    Experiment,
+    Picture,
+    read_experiment,
+    read_model,
+    read_picture,
+    read_table,
+    without_folders,
+)
+from medtpp.report.schema import ArmFile, ComparedTPPFile, ComparisonFile, DifferenceFile, MeanFile
+
+_DONE = "done"
+# Verdict to a sign, so that colour is not all that tells them apart, and the order of telling.
+VERDICTS = {
+    "helps": "▲",
+    "hurts": "▼",
+    "equivalent": "=",
+    "no difference seen": "○",
+    "too few seeds": "…",
+}
+
+
+_ONE = {
+    "helps": "TPP helped",
+    "hurts": "TPP did harm",
+    "equivalent": "TPP made no difference that matters",
+    "no difference seen": "no difference was seen, which is not the same as none",
+    "too few seeds": "there are too few seeds to say",
+}
+_SEVERAL = {
+    "helps": "TPP helped in {}",
+    "hurts": "TPP did harm in {}",
+    "equivalent": "TPP made no difference that matters in {}",
+    "no difference seen": "no difference was seen in {}, which is not the same as none",
+    "too few seeds": "there were too few seeds to say in {}",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """The files of a comparison.
+
+    Attributes:
+        file: comparison.json.
+        experiment: What all cells share.
+        logs: Fine-tuning logs by arm and labels.
+        tpp_logs: TPP logs by tuner.
+        previews: What the pretext task restored, of one seed, by tuner.
+    """
+
+    file: ComparisonFile
+    experiment: Experiment
+    logs: dict[tuple[str, str], list[pd.DataFrame]]
+    tpp_logs: dict[str, list[pd.DataFrame]]
+    previews: dict[str, Picture]
+
+
+def comparison_page(folder: Path) -> str:
+    """The HTML page of a finished comparison. Raises DataError where a file is missing or broken."""
+    comparison = read_comparison(folder)
+    file = comparison.file
+    arms = {arm.name: Series(index, arm.name) for index, arm in enumerate(file.arms)}
+    tested = [one for one in file.differences if one.value is not None]
+    main = [one for one in file.differences if _is_main(file, one)]
+    others = [one for one in file.differences if not _is_main(file, one)]
+    gaps = [gap for one in main or others for gap in one.by_seed.values()]
+    return render(
+        "comparison.html",
+        title=f"{file.data}: does TPP help?",
+        comparison=comparison,
+        file=file,
+        answer=_answer(file, main),
+        main=main,
+        others=others,
+        verdicts=VERDICTS,
+        arms=arms,
+        means={(mean.arm, mean.labels): mean for mean in file.means},
+        scale=_scale(file, tested) if tested else None,
+        seed_scale=scale_over([0.0, *gaps]),
+        efficiency=_efficiency(file, arms),
+        losses=(figures.BASELINE, figures.PRETRAINED),
+        finetune=_finetune_plots(comparison),
+        changes=_changes(file.tpp),
+        tuners=_tuners(comparison),
+        pretext=_pretext_plot(comparison),
+        costs=_costs(file),
+        failed=[(one.cell, without_folders(one.reason)) for one in file.failed],
+        notes=[without_folders(note) for note in file.notes],
+    )
+
+
+def read_comparison(folder: Path) -> Comparison:
+    """Read the files of a comparison. Raises DataError where one is missing or broken."""
+    file = read_model(folder / "comparison.json", ComparisonFile)
+    cells = read_table(folder / "cells.csv", ("arm", "labels", "status", "folder"))
+    logs: dict[tuple[str, str], list[pd.DataFrame]] = {}
+    for cell in cells[cells.status == _DONE].itertuples():
+        path = _inside(folder, str(cell.folder)) / "finetune" / "log.csv"
+        logs.setdefault((str(cell.arm), str(cell.labels)), []).append(_read_losses(path))
+    tpp_logs: dict[str, list[pd.DataFrame]] = {}
+    previews: dict[str, Picture] = {}
+    for stage in file.tpp:
+        if stage.log is not None:
+            tpp_logs.setdefault(stage.tuner, []).append(_read_losses(_inside(folder, stage.log)))
+        if stage.preview is not None and stage.tuner not in previews:
+            previews[stage.tuner] = read_picture(_inside(folder, stage.preview), longest=900)
+    return Comparison(file, read_experiment(folder / "experiment.yaml"), logs, tpp_logs, previews)
+
+
+def _read_losses(path: Path) -> pd.DataFrame:
+    return read_table(path, ("step", "loss"), ("step", "loss"))
+
+
+def _inside(folder: Path, name: str) -> Path:
+    path = folder / name
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise DataError(f"{folder} names a file outside itself: {name!r}. Copy the folder again, whole.")
+    return path
+
+
+def _is_main(file: ComparisonFile, one: DifferenceFile) -> bool:
+    """Whether it is TPP against the same tuner's own start."""
+    arms = {arm.name: arm for arm in file.arms}
+    arm, baseline = arms.get(one.arm), arms.get(one.baseline)
+    return arm is not None and baseline is not None and (baseline.tuner, baseline.init) == (arm.tuner, "standard")
+
+
+def _answer(file: ComparisonFile, main: list[DifferenceFile]) -> str:
+    """How the pairs of TPP and standard came out, in one sentence."""
+    if not main:
+        return "No pair of arms differs in TPP alone, so this comparison does not say whether TPP helps."
+    counts = Counter[str](one.verdict for one in main)
+    if len(main) == 1:
+        said = _ONE[main[0].verdict]
+        result = f"At {_labels(file, main[0].labels)}, {said}."
+    else:
+        parts = [text.format(counts[verdict]) for verdict, text in _SEVERAL.items() if counts[verdict]]
+        result = f"Of {len(main)} comparisons, {'; '.join(parts)}."
+    unit = f" of {plural(file.n_patients, 'patient')}" if file.unit == "patient" else ""
+    return (
+        "Does it help to pre-train the target parameters without labels (TPP), instead of fine-tuning from the tuner's "
+        f"own start? {result} Measured by {file.metric_title} on {plural(file.n_cases, 'test case')}{unit}, with "
+        f"{plural(len(file.seeds), 'seed')}."
+    )
+
+
+def _scale(file: ComparisonFile, tested: list[DifferenceFile]) -> Scale:
+    ends = [end for one in tested for end in (one.low, one.value, one.high) if end is not None]
+    return scale_over([0.0, -file.margin, file.margin, *ends])
+
+
+def _efficiency(file: ComparisonFile, arms: dict[str, Series]) -> Markup | None:
+    """The metric over the number of labels; nothing where there is one number alone."""
+    if len(file.labels) < 2:
+        return None
+    lines: dict[Series, list[tuple[int, float, float | None, float | None]]] = {}
+    for mean in file.means:
+        if mean.value is not None:
+            point = (file.label_counts[mean.labels], mean.value, mean.low, mean.high)
+            lines.setdefault(arms[mean.arm], []).append(point)
+    points = {series: sorted(line) for series, line in lines.items()}
+    return figures.efficiency_figure(points, file.metric_title) if points else None
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A plot with its title."""
+
+    title: str
+    svg: Markup
+    alt: str
+
+
+def _finetune_plots(comparison: Comparison) -> list[Plot]:
+    """Losses of each tuner with and without TPP, at each number of labels."""
+    file = comparison.file
+    plots: list[Plot] = []
+    starts = {(arm.tuner, arm.init): arm.name for arm in file.arms}
+    for tuner in dict.fromkeys(arm.tuner for arm in file.arms if arm.init == "tpp"):
+        for labels in file.labels:
+            bands = {}
+            for look, init in ((figures.BASELINE, "standard"), (figures.PRETRAINED, "tpp")):
+                logs = comparison.logs.get((starts.get((tuner, init), ""), labels))
+                if logs:
+                    bands[look] = loss_band(logs)
+            if bands:
+                ends = ", ".join(f"{look.name} {band.mean[-1]:.3f}" for look, band in bands.items())
+                svg = figures.bands_figure(bands, f"finetune{len(plots)}", "fine-tuning loss")
+                plots.append(Plot(f"{tuner}, {_labels(file, labels)}", svg, f"Fine-tuning loss, at the end: {ends}."))
+    return plots
+
+
+def _labels(file: ComparisonFile, labels: str) -> str:
+    return f"{file.label_counts[labels]:,} labels" + (" (all)" if labels == "all" else "")
+
+
+def _tuners(comparison: Comparison) -> list[Series]:
+    return [Series(index, tuner) for index, tuner in enumerate(comparison.tpp_logs)]
+
+
+def _pretext_plot(comparison: Comparison) -> Plot | None:
+    if not comparison.tpp_logs:
+        return None
+    bands = {series: loss_band(comparison.tpp_logs[series.name]) for series in _tuners(comparison)}
+    ends = "; ".join(f"{look.name} from {band.mean[0]:.3f} to {band.mean[-1]:.3f}" for look, band in bands.items())
+    return Plot("TPP", figures.bands_figure(bands, "pretext", "pretext loss"), f"Pretext loss: {ends}.")
+
+
+@dataclass(frozen=True)
+class Change:
+    """What TPP changed for a tuner, over its seeds: median, least and greatest, as texts."""
+
+    tuner: str
+    seeds: int
+    loss_on: str
+    loss_off: str
+    drift: str
+    seconds: float
+
+
+def _changes(stages: Iterable[ComparedTPPFile]) -> list[Change]:
+    by_tuner: dict[str, list[ComparedTPPFile]] = {}
+    for stage in stages:
+        by_tuner.setdefault(stage.tuner, []).append(stage)
+    return [
+        Change(
+            tuner=tuner,
+            seeds=len(found),
+            loss_on=_range([one.pretext_loss_on for one in found]),
+            loss_off=_range([one.pretext_loss_off for one in found]),
+            drift=_range([one.feature_drift for one in found]),
+            seconds=fmean(one.seconds for one in found),
+        )
+        for tuner, found in by_tuner.items()
+    ]
+
+
+def _range(values: list[float]) -> str:
+    middle = number(median(values), 4)
+    return middle if len(values) == 1 else f"{middle} ({number(min(values), 4)} – {number(max(values), 4)})"
+
+
+@dataclass(frozen=True)
+class Cost:
+    """An arm with what it costs at each number of labels."""
+
+    arm: ArmFile
+    means: list[MeanFile]
+
+
+def _costs(file: ComparisonFile) -> list[Cost]:
+    return [Cost(arm, [mean for mean in file.means if mean.arm == arm.name]) for arm in file.arms]

@@ -1,0 +1,155 @@
+"""The plots of a report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
+
+from medtpp.report.curves import Band, ClassCurve, smooth
+from medtpp.report.plots import GROUND, INK, MUTED, Series, panels, plotting, square, to_svg
+
+LOSS, VALIDATION = Series(0, "training loss"), Series(1, "validation loss")
+BASELINE, PRETRAINED = Series(1, "standard start"), Series(0, "after TPP")
+_RING: dict[str, Any] = {
+    "markersize": 8,
+    "markeredgewidth": 1.8,
+    "markerfacecolor": GROUND,
+    "linestyle": "none",
+    "zorder": 4,
+}
+
+
+def pretext_curve(log: pd.DataFrame) -> Markup:
+    """Pretext loss and learning rate of the target parameters over the steps."""
+    with plotting():
+        figure, (upper, lower) = panels(2, height=3.2, ratios=(3, 1))
+        _plot_loss(upper, log)
+        upper.set_title("pretext loss")
+        lower.plot(log.step, log.lr_tuner, color=MUTED, linewidth=1.4)
+        lower.set_title("learning rate")
+        lower.set_ylim(bottom=0)
+        _steps(lower)
+        return to_svg(figure, "pretext")
+
+
+def finetune_curve(log: pd.DataFrame, best: int | None) -> Markup:
+    """Training and validation loss over the steps; the step whose weights were kept is marked."""
+    with plotting():
+        figure, (axes,) = panels(height=3.2)
+        _plot_loss(axes, log)
+        axes.set_title("loss")
+        if "validation" in log:
+            # The score that the stage maximises is minus the loss on the validation cases.
+            seen = log[log.validation.notna()]
+            axes.plot(seen.step, -seen.validation, marker=VALIDATION.marker, markersize=4, **VALIDATION.line)
+            if best in set(seen.step):
+                value = -float(seen.validation[seen.step == best].iloc[0])
+                axes.axvline(best, color=INK, linewidth=1, linestyle=(0, (2, 2)))
+                axes.plot([best], [value], marker="o", markeredgecolor=INK, **_RING)
+        axes.set_ylim(bottom=0)
+        _steps(axes)
+        return to_svg(figure, "finetune")
+
+
+def _plot_loss(axes: Axes, log: pd.DataFrame) -> None:
+    axes.plot(log.step, log.loss, color=LOSS.colour, alpha=0.3, linewidth=0.9)
+    axes.plot(log.step, smooth(log.loss), **LOSS.line)
+
+
+def _steps(axes: Axes) -> None:
+    axes.set_xlabel("step")
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+
+
+def roc_figure(curves: Sequence[ClassCurve], series: Sequence[Series]) -> Markup:
+    """ROC curves with the operating points."""
+    with plotting():
+        figure, (axes,) = panels(width=3.7, height=3.7)
+        axes.plot([0, 1], [0, 1], color=MUTED, linewidth=1, linestyle=(0, (2, 3)))
+        for curve, look in zip(curves, series, strict=True):
+            axes.plot(curve.false_positive_rate, curve.true_positive_rate, **look.line)
+            _operating_point(axes, 1 - curve.specificity, curve.sensitivity, look)
+        axes.set(xlabel="1 − specificity (false alarms)", ylabel="sensitivity")
+        square(axes)
+        return to_svg(figure, "roc")
+
+
+def precision_recall_figure(curves: Sequence[ClassCurve], series: Sequence[Series]) -> Markup:
+    """Precision-recall curves with the operating points; a short mark at the right shows the precision of guessing."""
+    with plotting():
+        figure, (axes,) = panels(width=3.7, height=3.7)
+        for curve, look in zip(curves, series, strict=True):
+            axes.plot(curve.recall, curve.precision, drawstyle="steps-post", **look.line)
+            axes.plot([0.94, 1], [curve.prevalence] * 2, color=look.colour, linewidth=3, alpha=0.6, gid=look.gid)
+            if curve.precision_there is not None:
+                _operating_point(axes, curve.sensitivity, curve.precision_there, look)
+        axes.set(xlabel="recall (sensitivity)", ylabel="precision")
+        square(axes)
+        return to_svg(figure, "pr")
+
+
+def _operating_point(axes: Axes, x: float, y: float, look: Series) -> None:
+    axes.plot([x], [y], marker=look.marker, markeredgecolor=look.colour, gid=look.gid, clip_on=False, **_RING)
+
+
+def reliability_figure(bins: pd.DataFrame) -> Markup:
+    """Observed against stated probability, and how many predictions each bin holds."""
+    with plotting():
+        figure, (upper, lower) = panels(2, width=3.9, height=4.4, ratios=(3.2, 1))
+        upper.plot([0, 1], [0, 1], color=MUTED, linewidth=1, linestyle=(0, (2, 3)))
+        upper.vlines(bins.stated, bins.stated, bins.observed, color=LOSS.colour, alpha=0.4, linewidth=2)
+        sizes = 14 + 110 * bins["count"] / bins["count"].max()
+        upper.scatter(bins.stated, bins.observed, s=sizes, color=LOSS.colour, linewidth=0, clip_on=False, zorder=3)
+        upper.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), ylabel="observed share")
+        middles, widths = (bins.low + bins.high) / 2, (bins.high - bins.low) * 0.86
+        lower.bar(middles, bins["count"], width=widths, color=LOSS.colour, alpha=0.75)
+        for middle, count in zip(middles, bins["count"], strict=True):
+            lower.annotate(str(count), (middle, count), (0, 2), textcoords="offset points", ha="center", fontsize=7)
+        lower.set(xlabel="stated probability", ylabel="count")
+        lower.margins(y=0.25)
+        lower.yaxis.set_major_locator(MaxNLocator(2, integer=True))
+        return to_svg(figure, "reliability")
+
+
+def efficiency_figure(
+    lines: Mapping[Series, Sequence[tuple[int, float, float | None, float | None]]], title: str
+) -> Markup:
+    """A metric over the number of labels, with intervals.
+
+    Args:
+        lines: Points of a number of labels, value, low and high, ascending, by arm.
+        title: Of the metric.
+    """
+    with plotting():
+        figure, (axes,) = panels(width=4.8, height=3.6)
+        counts = sorted({point[0] for points in lines.values() for point in points})
+        step = (counts[-1] / counts[0]) ** 0.013  # of the logarithmic axis
+        for index, (look, points) in enumerate(lines.items()):
+            labels, values, lows, highs = np.array(points, dtype=np.float64).T  # None becomes not-a-number
+            places, known = labels * step ** (index - (len(lines) - 1) / 2), ~np.isnan(lows + highs)
+            axes.vlines(places[known], lows[known], highs[known], color=look.colour, alpha=0.55, gid=look.gid)
+            axes.plot(places, values, marker=look.marker, **look.line)
+        axes.set_xscale("log")
+        axes.set_xticks(counts)
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+        axes.set(xlabel="labelled cases", ylabel=title)
+        return to_svg(figure, "efficiency")
+
+
+def bands_figure(bands: Mapping[Series, Band], key: str, title: str) -> Markup:
+    """Losses averaged over seeds; a band from the least to the greatest."""
+    with plotting():
+        figure, (axes,) = panels(width=3.3, height=2.3)
+        for look, band in bands.items():
+            axes.fill_between(band.step, band.low, band.high, color=look.colour, alpha=0.15, linewidth=0, gid=look.gid)
+            axes.plot(band.step, band.mean, **look.line)
+        axes.set_title(title)
+        _steps(axes)
+        return to_svg(figure, key)

@@ -1,0 +1,217 @@
+"""The files of a run and of a comparison, as far as a report reads them."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Verdict = Literal["helps", "hurts", "equivalent", "no difference seen", "too few seeds"]
+
+
+class FileModel(BaseModel):
+    """A JSON file or a part of one; what a report does not show is ignored."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+
+class MetricFile(FileModel):
+    """A metric with its interval; None where it is undefined."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+
+
+class BootstrapFile(FileModel):
+    """How intervals were made."""
+
+    resamples: int
+    level: float
+    unit: Literal["patient", "case"]
+
+
+class EvaluationFile(FileModel):
+    """evaluation/evaluation.json."""
+
+    n_cases: int
+    n_patients: int
+    multilabel: bool
+    classes: dict[str, int]
+    positive: str | None
+    thresholds: dict[str, float]
+    metrics: dict[str, MetricFile]
+    per_class: dict[str, dict[str, float | None]]
+    confusion: list[Any]
+    bootstrap: BootstrapFile
+    notes: list[str]
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        names, count = set(self.classes), len(self.classes)
+        if not names == set(self.thresholds) == set(self.per_class) or len(self.confusion) != count:
+            raise ValueError("classes, thresholds, per_class and confusion are of different classes")
+        if self.positive is not None and self.positive not in names:
+            raise ValueError(f"the positive class {self.positive!r} is none of the classes")
+        if not {"auc", "ece"} <= set(self.metrics):
+            raise ValueError("metrics lacks auc or ece")
+        return self
+
+
+class BestFile(FileModel):
+    """The step whose weights were kept."""
+
+    score: float
+    step: int
+
+
+class StageFile(FileModel):
+    """complete.json of a stage. Runs of older versions lack the fields that may be None."""
+
+    steps: int
+    batch_size: int
+    learning_rate: float
+    seconds: float
+    images_per_second: float
+    waiting: float
+    best: BestFile | None = None
+    head_warmup: float = 0
+    pretext_loss_on: float | None = None
+    pretext_loss_off: float | None = None
+    feature_drift: float | None = None
+    target_parameters: int | None = None
+    backbone_parameters: int | None = None
+    head_parameters: int | None = None
+    peak_memory_mib: float | None = None
+
+
+class BackboneFile(FileModel):
+    """Which backbone an adapter belongs to."""
+
+    architecture: str
+    image_size: int
+
+
+class TPPFile(FileModel):
+    """What the pretext stage did."""
+
+    images: int
+    transductive: bool
+
+
+class AdapterFile(FileModel):
+    """medtpp.json of the fine-tuned adapter."""
+
+    backbone: BackboneFile
+    versions: dict[str, str]
+    tpp: TPPFile | None = None
+
+
+class MistakeFile(FileModel):
+    """An entry of evaluation/mistakes/mistakes.json."""
+
+    case: str
+    label: str
+    predicted: str
+    probability: float
+    image: str
+
+
+class ArmFile(FileModel):
+    """An arm of a comparison."""
+
+    name: str
+    tuner: str
+    init: str
+    description: str
+
+
+class MeanFile(FileModel):
+    """An arm at a number of labels, averaged over seeds; None where all its cells failed."""
+
+    arm: str
+    labels: str
+    seeds: int
+    value: float | None
+    low: float | None
+    high: float | None
+    seconds: float | None
+    tpp_seconds: float | None
+    peak_memory_mib: float | None
+    target_parameters: int | None
+
+
+class DifferenceFile(FileModel):
+    """An arm minus its baseline at a number of labels, paired."""
+
+    arm: str
+    baseline: str
+    labels: str
+    seeds: int
+    value: float | None
+    low: float | None
+    high: float | None
+    p: float | None
+    p_holm: float | None
+    verdict: Verdict
+    sentence: str
+    by_seed: dict[str, float]
+
+
+class ComparedTPPFile(FileModel):
+    """A TPP stage of a comparison."""
+
+    tuner: str
+    seed: int
+    pretext_loss_on: float
+    pretext_loss_off: float
+    feature_drift: float
+    seconds: float
+    log: str | None = None
+    preview: str | None = None
+
+
+class FailedFile(FileModel):
+    """A cell that did not end well."""
+
+    cell: str
+    reason: str
+
+
+class ComparisonFile(FileModel):
+    """comparison.json."""
+
+    schema_version: Literal[1] = Field(alias="schema")
+    data: str
+    metric: str
+    metric_title: str
+    higher_is_better: bool
+    margin: float
+    level: float
+    n_cases: int
+    n_patients: int
+    unit: Literal["patient", "case"]
+    resamples: int
+    seeds: list[int]
+    labels: list[str]
+    label_counts: dict[str, int]
+    arms: list[ArmFile]
+    means: list[MeanFile]
+    differences: list[DifferenceFile]
+    tpp: list[ComparedTPPFile] = []
+    failed: list[FailedFile] = []
+    notes: list[str] = []
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        arms = {arm.name for arm in self.arms}
+        named = {mean.arm for mean in self.means} | {
+            name for one in self.differences for name in (one.arm, one.baseline)
+        }
+        labels = {*self.labels, *(one.labels for one in self.means), *(one.labels for one in self.differences)}
+        unknown = sorted((named - arms) | (labels - set(self.label_counts)))
+        if unknown:
+            raise ValueError(
+                f"means or differences are of arms or label counts that are not listed: {', '.join(unknown)}"
+            )
+        return self

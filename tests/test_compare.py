@@ -1,0 +1,186 @@
+import csv
+import shutil
+
+import pytest
+
+from medtpp.errors import ConfigError
+from medtpp.files import read_json
+from medtpp.workflow.compare import Axes, Comparison
+from medtpp.workflow.compare.comparison import Budget, Machine
+from medtpp.workflow.compare.plan import Arm, Cell, base_experiment, cell_experiment
+from medtpp.workflow.compare.work import Timing
+from runs import cli, compare_command, compared, data_folder, done, experiment, refused, same_files, settings, split_of
+
+CELL_FILES = (
+    "finetune/adapter/adapter_model.safetensors",
+    "finetune/adapter/head.safetensors",
+    "evaluation/predictions.csv",
+)
+
+
+def cells(folder):
+    with (folder / "cells.csv").open() as stream:
+        return list(csv.DictReader(stream))
+
+
+def trained_on(folder):
+    """The case ids whose pixels a cell was fine-tuned or validated on."""
+    return set(read_json(folder / "finetune" / "adapter" / "medtpp.json")["trained_on"]["images"])
+
+
+def test_every_cell_is_done_and_told():
+    folder, said = compared()
+    rows = cells(folder)
+    assert len(rows) == 8
+    assert {row["status"] for row in rows} == {"done"}
+    assert {(row["arm"], row["labels"], row["seed"]) for row in rows} == {
+        (arm, labels, seed) for arm in ("lora standard", "lora tpp") for labels in ("12", "all") for seed in "01"
+    }
+    summary = read_json(folder / "comparison.json")
+    assert [row["verdict"] for row in summary["differences"]] == ["too few seeds"] * 2
+    means = {(row["arm"], row["labels"]): row["value"] for row in summary["means"]}
+    for (arm, labels), value in means.items():
+        own = [float(row["auc"]) for row in rows if (row["arm"], row["labels"]) == (arm, labels)]
+        assert value == pytest.approx(sum(own) / 2)
+    for row in summary["differences"]:
+        assert row["value"] == pytest.approx(means["lora tpp", row["labels"]] - means["lora standard", row["labels"]])
+    assert max(map(len, said.out.splitlines())) <= 80
+    assert "2 seeds are too few" in said.text
+    assert (folder / "report.html").is_file()
+
+
+def test_arms_share_everything_but_the_start():
+    folder, _ = compared()
+    for labels in ("12", "all"):
+        for seed in (0, 1):
+            standard, tpp = (folder / "cells" / f"lora-{init}" / labels / f"seed{seed}" for init in ("standard", "tpp"))
+            assert trained_on(standard) == trained_on(tpp)
+            first, second = (read_json(path / "finetune" / "inputs.json")["inputs"] for path in (standard, tpp))
+            differing = {name for name in first if first[name] != second[name]}
+            assert differing == {"start", "start card"}
+            assert read_json(standard / "finetune/complete.json")["best"] is None  # the last weights, for both
+
+
+def test_labels_are_nested_and_drawn_anew_for_each_seed():
+    folder, _ = compared()
+    few, many = (
+        {seed: trained_on(folder / "cells" / "lora-tpp" / labels / f"seed{seed}") for seed in (0, 1)}
+        for labels in ("12", "all")
+    )
+    assert all(len(few[seed]) == 12 and few[seed] < many[seed] for seed in (0, 1))
+    assert few[0] != few[1]
+    assert many[0] == many[1]
+
+
+def test_tpp_runs_once_for_a_seed_and_sees_no_held_out_case():
+    folder, _ = compared()
+    runs = sorted(path.parent.name for path in (folder / "tpp" / "lora").glob("*/complete.json"))
+    assert runs == ["seed0", "seed1"]
+    held_out = split_of(folder)["test"] | split_of(folder)["val"]
+    card = read_json(folder / "tpp" / "lora" / "seed1" / "adapter" / "medtpp.json")
+    patients = {row[3] for row in csv.reader((folder / "split.csv").open()) if row[0] in held_out}
+    assert patients
+    assert card["tpp"]["images"] == len(split_of(folder)["train"])
+
+
+def test_more_seeds_go_on_from_what_is_there(tmp_path):
+    """One process or two, whole or resumed: the same bits."""
+    folder, _ = compared()
+    part = tmp_path / "part"
+    shutil.copytree(folder, part)
+    kept = part / "cells" / "lora-tpp" / "12" / "seed0"
+    before = (kept / "complete.json").stat().st_mtime_ns
+    for gone in ("cells/lora-tpp/12/seed1", "cells/lora-standard/all/seed1", "tpp/lora/seed1"):
+        shutil.rmtree(part / gone)
+    done(*compare_command(), "--set", "hardware.threads=1", "--out", part, "--resume")
+    assert (kept / "complete.json").stat().st_mtime_ns == before
+    for gone in ("cells/lora-tpp/12/seed1", "cells/lora-standard/all/seed1"):
+        same_files(folder / gone, part / gone, CELL_FILES)
+    assert (part / "cells.csv").read_text().count("done") == 8
+
+
+def test_a_broken_cell_does_not_stop_the_rest(tmp_path):
+    folder, _ = compared()
+    shutil.copytree(folder, tmp_path / "copy")
+    broken = tmp_path / "copy" / "tpp" / "lora" / "seed1"
+    for path in (broken, *(tmp_path / "copy" / "cells").glob("*/*/seed1")):
+        shutil.rmtree(path)
+    broken.mkdir()
+    (broken / "stray.txt").write_text("not medtpp's")
+    result = cli(*compare_command(), "--out", tmp_path / "copy", "--resume")
+    assert result.status == 1
+    assert "failed: TPP of lora, seed 1" in result.text
+    assert "--resume tries them again" in result.text
+    status = {(row["arm"], row["seed"]): row["status"] for row in cells(tmp_path / "copy")}
+    assert status["lora tpp", "1"] == "failed"
+    assert status["lora standard", "1"] == "done"
+    summary = read_json(tmp_path / "copy" / "comparison.json")
+    assert len(summary["failed"]) == 3  # the pretext stage and the two cells that wait for it
+    (broken / "stray.txt").unlink()
+    done(*compare_command(), "--out", tmp_path / "copy", "--resume")
+    assert not read_json(tmp_path / "copy" / "comparison.json")["failed"]
+
+
+def test_a_dry_run_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = done(*compare_command(), "--arm", "longer,full", "--dry-run", "--jobs", "1")
+    assert list(tmp_path.iterdir()) == []
+    assert "16 cells and 2 runs of TPP" in result.text
+    assert "lora longer" in result.text
+    assert max(map(len, result.out.splitlines())) <= 80
+
+
+def test_mistakes_are_told_together():
+    text = refused(
+        "compare", data_folder(), "--out", "x", "--init", "tpp,pissa", "--tuner", "lora,linear,lora", "--arm", "short",
+        "--metric", "dice", "--margin", "-1",
+    )  # fmt: skip
+    for part in (
+        "no init 'pissa'",
+        "no arm 'short'",
+        "no metric 'dice'",
+        "lora is named twice",
+        "linear has no target",
+    ):
+        assert part in text
+    assert "--out" in refused("compare", data_folder())
+    assert "not many" in refused("compare", data_folder(), "--dry-run", "--labels", "10,many")
+    assert "transductive" in refused("compare", data_folder(), "--dry-run", *settings("tpp.transductive=true"))
+    assert "data.labels=4000" in refused("compare", data_folder(), "--dry-run", *settings(), "--labels", "4000")
+
+
+def test_another_experiment_is_refused_in_the_same_folder():
+    folder, _ = compared()
+    text = refused(*compare_command(), "--set", "tpp.steps=5", "--out", folder, "--resume")
+    assert "tpp.steps" in text
+
+
+def test_longer_takes_as_long_as_tpp():
+    timings = {"lora": Timing(tpp_step=0.2, finetune_step=0.5, tpp_rest=2.0, cell_rest=1.0, memory_mib=100)}
+    axes = Axes(extras=("longer",), labels=("all",), seeds=3)
+    base = base_experiment(experiment())
+    comparison = Comparison(axes, base, None, Budget(tpp=40, finetune={"all": 30}), Machine(2, 1), timings)
+    assert comparison.steps(Cell(Arm("lora", "tpp"), "all", 0)) == 30
+    longer = Cell(Arm("lora", "longer"), "all", 0)
+    assert comparison.steps(longer) == 30 + 20  # (40 x 0.2 + 2) / 0.5
+    assert comparison.seconds(longer) == pytest.approx(
+        comparison.tpp_seconds("lora") + comparison.seconds(Cell(Arm("lora", "tpp"), "all", 0))
+    )
+    assert comparison.seconds_left(None) == pytest.approx((3 * 10 + 6 * 16 + 3 * 26) / 2)
+
+
+def test_options_belong_to_the_tuner_that_was_named():
+    base = base_experiment(experiment("tuner.rank=2", "finetune.learning_rate=0.5", "tpp.learning_rate=0.25"))
+    own = cell_experiment(base, Cell(Arm("lora", "tpp"), 12, 3), threads=2)
+    assert (own.tuner.rank, own.finetune.learning_rate, own.tpp.learning_rate) == (2, 0.5, 0.25)
+    assert (own.seed, own.data.labels, own.hardware.threads, own.tpp.enabled) == (3, 12, 2, True)
+    other = cell_experiment(base, Cell(Arm("full", "standard"), 12, 3), steps=7)
+    assert (other.tuner.name, other.finetune.learning_rate, other.finetune.steps) == ("full", "auto", 7)
+    assert not other.tpp.enabled
+
+
+def test_axes_without_an_arm_are_refused():
+    with pytest.raises(ConfigError, match="there is no arm"):
+        Axes(inits=(), extras=())
+    with pytest.raises(ConfigError, match="as long as TPP"):
+        Axes(inits=("standard",), extras=("longer",))
