@@ -16,8 +16,9 @@ demo: install
 	rm -rf $(DEMO)
 	$(BIN)/medtpp phantom --out $(DEMO)/data
 	$(BIN)/medtpp check $(DEMO)/data
-	$(BIN)/medtpp run $(DEMO)/data --out $(DEMO)/run --modality xray --set data.labels=100 --set tpp.steps=200 --set finetune.steps=200
-	$(BIN)/medtpp predict $(DEMO)/run/finetune/adapter $(DEMO)/data/images -o $(DEMO)/predictions.csv
+	$(BIN)/medtpp compare $(DEMO)/data --out $(DEMO)/comparison --modality xray --labels 60 --seeds 5 \
+	  --set data.image_size=128 --set tpp.steps=120 --set finetune.steps=60
+	$(BIN)/medtpp predict $(DEMO)/comparison/cells/lora-tpp/60/seed0/finetune/adapter $(DEMO)/data/images -o $(DEMO)/predictions.csv
 
 test: lint types unit
 

@@ -1,14 +1,16 @@
 """Folders as `medtpp compare` writes them, made up."""
 
 import itertools
+from typing import get_args
 
 import numpy as np
 import pandas as pd
 from PIL import Image
 
+from medtpp.evaluation.paired import Verdict
 from medtpp.files import write_json, write_text
 
-VERDICTS = ("helps", "hurts", "equivalent", "no difference seen", "too few seeds")
+VERDICTS = get_args(Verdict)
 
 
 def arm_name(tuner, init):

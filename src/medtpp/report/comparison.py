@@ -35,15 +35,15 @@ VERDICTS = {
     "equivalent": "=",
     "no difference seen": "○",
     "too few seeds": "…",
+    "undefined": "–",
 }
-
-
 _ONE = {
     "helps": "TPP helped",
     "hurts": "TPP did harm",
     "equivalent": "TPP made no difference that matters",
     "no difference seen": "no difference was seen, which is not the same as none",
     "too few seeds": "there are too few seeds to say",
+    "undefined": "the difference is undefined",
 }
 _SEVERAL = {
     "helps": "TPP helped in {}",
@@ -51,6 +51,7 @@ _SEVERAL = {
     "equivalent": "TPP made no difference that matters in {}",
     "no difference seen": "no difference was seen in {}, which is not the same as none",
     "too few seeds": "there were too few seeds to say in {}",
+    "undefined": "the difference is undefined in {}",
 }
 
 

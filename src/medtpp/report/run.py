@@ -12,6 +12,7 @@ from markupsafe import Markup
 
 from medtpp.errors import DataError
 from medtpp.evaluation import Predictions, read_predictions
+from medtpp.evaluation.evaluate import metric_title
 from medtpp.files import MARKER
 from medtpp.report import figures, words
 from medtpp.report.curves import ClassCurve, class_curves, reliability, smooth
@@ -150,8 +151,8 @@ class MetricRow:
 
 def _metrics(evaluation: EvaluationFile) -> list[MetricRow]:
     return [
-        MetricRow(words.metric_title(name, evaluation), meaning, evaluation.metrics[name], drawn)
-        for name, (_, meaning, drawn) in words.METRICS.items()
+        MetricRow(metric_title(name, macro=evaluation.positive is None), meaning, evaluation.metrics[name], drawn)
+        for name, (meaning, drawn) in words.METRICS.items()
         if name in evaluation.metrics
     ]
 

@@ -6,7 +6,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-Verdict = Literal["helps", "hurts", "equivalent", "no difference seen", "too few seeds"]
+from medtpp.evaluation.paired import Verdict
 
 
 class FileModel(BaseModel):

@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
+from medtpp.evaluation.evaluate import metric_title
 from medtpp.report.curves import ClassCurve
 from medtpp.report.page import number, percent, plural
 from medtpp.report.schema import EvaluationFile, MetricFile, StageFile
 
-# Name to title, meaning, and whether the metric lies between 0 and 1 with 1 the best.
-METRICS: dict[str, tuple[str, str, bool]] = {
-    "accuracy": ("accuracy", "share of the predictions that are right", True),
-    "balanced_accuracy": ("balanced accuracy", "the same, with every class counting alike", True),
-    "auc": ("AUC", "how often a case with the finding is ranked above one without; 0.5 is guessing", True),
-    "average_precision": ("average precision", "area under the precision-recall curve", True),
-    "macro_f1": ("macro F1", "precision and sensitivity in one, averaged over the classes", True),
-    "sensitivity": ("sensitivity", "share of the cases with the finding that are found, at the threshold", True),
-    "specificity": ("specificity", "share of the cases without it that are cleared, at the threshold", True),
-    "ece": ("calibration error", "gap between stated and observed probabilities; 0 is best", False),
-    "brier": ("Brier score", "squared error of the probabilities; 0 is best", False),
-    "log_loss": ("log loss", "penalty for confident errors; 0 is best", False),
+# Name to meaning, and whether the metric lies between 0 and 1 with 1 the best.
+METRICS: dict[str, tuple[str, bool]] = {
+    "accuracy": ("share of the predictions that are right", True),
+    "balanced_accuracy": ("the same, with every class counting alike", True),
+    "auc": ("how often a case with the finding is ranked above one without; 0.5 is guessing", True),
+    "average_precision": ("area under the precision-recall curve", True),
+    "macro_f1": ("precision and sensitivity in one, averaged over the classes", True),
+    "sensitivity": ("share of the cases with the finding that are found, at the threshold", True),
+    "specificity": ("share of the cases without it that are cleared, at the threshold", True),
+    "ece": ("gap between stated and observed probabilities; 0 is best", False),
+    "brier": ("squared error of the probabilities; 0 is best", False),
+    "log_loss": ("penalty for confident errors; 0 is best", False),
 }
-_ONE_VS_REST = ("auc", "average_precision", "sensitivity", "specificity")
 _FEW_CASES = 100  # the 95% interval of a share of one half is then about 20 points wide
 _STILL = 0.001  # 1 - cosine of features that point within about 2.5 degrees of where they did
-
-
-def metric_title(name: str, evaluation: EvaluationFile) -> str:
-    """The title of a metric, with what it is averaged over."""
-    title = METRICS[name][0]
-    return f"macro {title}" if name in _ONE_VS_REST and evaluation.positive is None else title
 
 
 def interval(metric: MetricFile, level: float) -> str:
@@ -45,7 +39,9 @@ def answer(evaluation: EvaluationFile, curves: list[ClassCurve], tpp: StageFile 
     if auc.value is None:
         return [f"{where} the AUC is undefined: see the notes below."]
     around = interval(auc, level)
-    figures = f"{metric_title('auc', evaluation)} of {number(auc.value)}" + (f" ({around})" if around else "")
+    figures = f"{metric_title('auc', macro=evaluation.positive is None)} of {number(auc.value)}" + (
+        f" ({around})" if around else ""
+    )
     positive = next((curve for curve in curves if curve.name == evaluation.positive), None)
     if positive is not None:
         told, pair = f"“{positive.name}” from the rest with an", "one case with it and one without"
