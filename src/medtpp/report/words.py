@@ -39,9 +39,8 @@ def answer(evaluation: EvaluationFile, curves: list[ClassCurve], tpp: StageFile 
     if auc.value is None:
         return [f"{where} the AUC is undefined: see the notes below."]
     around = interval(auc, level)
-    figures = f"{metric_title('auc', macro=evaluation.positive is None)} of {number(auc.value)}" + (
-        f" ({around})" if around else ""
-    )
+    title = metric_title("auc", macro=evaluation.positive is None)
+    figures = f"{title} of {number(auc.value)}" + (f" ({around})" if around else "")
     positive = next((curve for curve in curves if curve.name == evaluation.positive), None)
     if positive is not None:
         told, pair = f"“{positive.name}” from the rest with an", "one case with it and one without"
