@@ -1,15 +1,32 @@
 import csv
+import json
 import shutil
+from dataclasses import asdict
 
 import pytest
 
-from medtpp.errors import ConfigError
+from medtpp.data.fingerprints import patient_hash
+from medtpp.errors import ConfigError, OutputError
 from medtpp.files import read_json
-from medtpp.workflow.compare import Axes, Comparison
+from medtpp.report import write_report
+from medtpp.workflow.compare import Axes, Comparison, hold, open_comparison, summarise
 from medtpp.workflow.compare.comparison import Budget, Machine
 from medtpp.workflow.compare.plan import Arm, Cell, base_experiment, cell_experiment
 from medtpp.workflow.compare.work import Timing
-from runs import cli, compare_command, compared, data_folder, done, experiment, refused, same_files, settings, split_of
+from runs import (
+    cli,
+    compare_command,
+    compared,
+    data_folder,
+    done,
+    experiment,
+    manifest,
+    refused,
+    same_files,
+    settings,
+    split_of,
+    with_rows,
+)
 
 CELL_FILES = (
     "finetune/adapter/adapter_model.safetensors",
@@ -78,8 +95,10 @@ def test_tpp_runs_once_for_a_seed_and_sees_no_held_out_case():
     assert runs == ["seed0", "seed1"]
     held_out = split_of(folder)["test"] | split_of(folder)["val"]
     card = read_json(folder / "tpp" / "lora" / "seed1" / "adapter" / "medtpp.json")
-    patients = {row[3] for row in csv.reader((folder / "split.csv").open()) if row[0] in held_out}
-    assert patients
+    with (folder / "split.csv").open() as stream:
+        patients = {patient_hash(row["patient"]) for row in csv.DictReader(stream) if row["case"] in held_out}
+    assert len(patients) > 5
+    assert patients.isdisjoint(card["tpp"]["fingerprints"]["patients"])
     assert card["tpp"]["images"] == len(split_of(folder)["train"])
 
 
@@ -132,7 +151,7 @@ def test_a_dry_run_writes_nothing(tmp_path, monkeypatch):
 
 def test_mistakes_are_told_together():
     text = refused(
-        "compare", data_folder(), "--out", "x", "--init", "tpp,pissa", "--tuner", "lora,linear,lora", "--arm", "short",
+        "compare", data_folder(), "--out", "x", "--init", "tpp,pissa", "--tuner", "lora,ssf,lora", "--arm", "short",
         "--metric", "dice", "--margin", "-1",
     )  # fmt: skip
     for part in (
@@ -140,37 +159,100 @@ def test_mistakes_are_told_together():
         "no arm 'short'",
         "no metric 'dice'",
         "lora is named twice",
-        "linear has no target",
     ):
         assert part in text
     assert "--out" in refused("compare", data_folder())
+    assert "--init standard" in refused("compare", data_folder(), "--dry-run", "--tuner", "lora,linear")
+    assert "hardware.devices=1" in refused("compare", data_folder(), "--dry-run", "--set", "hardware.devices=2")
     assert "not many" in refused("compare", data_folder(), "--dry-run", "--labels", "10,many")
     assert "transductive" in refused("compare", data_folder(), "--dry-run", *settings("tpp.transductive=true"))
     assert "data.labels=4000" in refused("compare", data_folder(), "--dry-run", *settings(), "--labels", "4000")
 
 
-def test_another_experiment_is_refused_in_the_same_folder():
+def test_what_would_not_be_comparable_is_refused(tmp_path):
+    """Another experiment, precision, metric or data in the folder of a comparison; nothing in it is changed."""
     folder, _ = compared()
-    text = refused(*compare_command(), "--set", "tpp.steps=5", "--out", folder, "--resume")
-    assert "tpp.steps" in text
+    before = {path: path.read_bytes() for path in folder.glob("*.*")}
+    again = (*compare_command(), "--out", folder, "--resume")
+    assert "tpp.steps" in refused(*again, "--set", "tpp.steps=5")
+    assert "precision" in refused(*again, "--set", "hardware.precision=bf16")
+    assert "--metric auc" in refused(*again, "--metric", "accuracy")
+    assert "--metric auc" in refused(*again, "--margin", "0.1")
+    header, *rows = manifest()
+    other = {"normal": "lesion", "lesion": "normal"}
+    cells_of_row = [other.get(cell, cell) for cell in rows[0].split(",")]
+    flipped = with_rows(tmp_path / "flipped", [header, ",".join(cells_of_row), *rows[1:]])
+    again = ("compare", flipped, *compare_command()[2:], "--out", folder, "--resume")
+    assert "cases" in refused(*again)
+    assert before == {path: path.read_bytes() for path in folder.glob("*.*")}
+
+
+def test_a_mistake_deletes_nothing(tmp_path):
+    folder, _ = compared()
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    command = [*compare_command(), "--out", copy]
+    command[command.index("12,all")] = "4000"
+    assert "data.labels=4000" in refused(*command, "--overwrite")
+    assert (copy / "cells.csv").read_bytes() == (folder / "cells.csv").read_bytes()
+    command[command.index(copy)] = tmp_path / "new"
+    refused(*command)
+    assert not any((tmp_path / "new").iterdir())
+
+
+def test_one_process_at_a_time(tmp_path):
+    with hold(tmp_path / "out"):
+        assert "at work" in refused(*compare_command(), "--out", tmp_path / "out", "--overwrite")
+        assert not (tmp_path / "out").exists()
+    with pytest.raises(OutputError, match="at work"), hold(tmp_path / "out"), hold(tmp_path / "out"):
+        pass
+    assert not (tmp_path / ".out.lock").exists()
+
+
+def test_axes_grow_and_never_shrink():
+    before = Axes(tuners=("lora",), labels=(10, "all"), seeds=5, extras=("full",))
+    now = Axes(tuners=("ssf",), inits=("standard",), labels=(20,), seeds=3)
+    both = now.joined(before)
+    assert (both.tuners, both.labels, both.seeds) == (("lora", "ssf"), (10, "all", 20), 5)
+    assert (both.inits, both.extras) == (("standard", "tpp"), ("full",))
+    assert Axes.load(json.loads(json.dumps(asdict(both)))) == both
+    with pytest.raises(ConfigError, match="--metric auc"):
+        Axes(metric="brier").joined(before)
+
+
+def test_an_undefined_metric_is_told(tmp_path):
+    """One class in the test set: no AUC, no verdict, and a report all the same."""
+    folder, _ = compared()
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    for path in copy.glob("cells/*/*/*/evaluation/predictions.csv"):
+        path.write_text(path.read_text().replace(",normal,", ",lesion,"))
+    axes = Axes.load(read_json(copy / "axes.json"))
+    opened = open_comparison(experiment("hardware.threads=2", "data.modality=xray"), axes, copy, dry_run=True)
+    summary = summarise(opened, copy)
+    assert {row.verdict for row in summary.differences} == {"undefined"}
+    assert all(value is None for row in summary.differences for value in row.by_seed.values())
+    assert "undefined" in write_report(copy).read_text()
 
 
 def test_longer_takes_as_long_as_tpp():
-    timings = {"lora": Timing(tpp_step=0.2, finetune_step=0.5, tpp_rest=2.0, cell_rest=1.0, memory_mib=100)}
-    axes = Axes(extras=("longer",), labels=("all",), seeds=3)
-    base = base_experiment(experiment())
-    comparison = Comparison(axes, base, None, Budget(tpp=40, finetune={"all": 30}), Machine(2, 1), timings)
-    assert comparison.steps(Cell(Arm("lora", "tpp"), "all", 0)) == 30
-    longer = Cell(Arm("lora", "longer"), "all", 0)
+    timing = Timing(tpp_step=0.2, finetune_step=0.5, tpp_rest=2.0, cell_rest=1.0, memory_mib=100)
+    axes = Axes(tuners=("lora",), extras=("longer",), labels=("all",), seeds=3)
+    base = base_experiment(experiment(), axes)
+    budget = Budget(tpp=40, finetune={"all": 30}, batch={"all": 16})
+    unknown = Comparison(axes, base, None, budget, Machine(2, 1))
+    comparison = Comparison(axes, base, None, budget, Machine(2, 1), {"lora 16": timing})
+    tpp, longer = Cell(Arm("lora", "tpp"), "all", 0), Cell(Arm("lora", "longer"), "all", 0)
+    assert comparison.steps(tpp) == unknown.steps(tpp) == 30
     assert comparison.steps(longer) == 30 + 20  # (40 x 0.2 + 2) / 0.5
-    assert comparison.seconds(longer) == pytest.approx(
-        comparison.tpp_seconds("lora") + comparison.seconds(Cell(Arm("lora", "tpp"), "all", 0))
-    )
+    assert unknown.steps(longer) is None
+    assert comparison.seconds(longer) == pytest.approx(comparison.tpp_seconds("lora") + comparison.seconds(tpp))
     assert comparison.seconds_left(None) == pytest.approx((3 * 10 + 6 * 16 + 3 * 26) / 2)
 
 
 def test_options_belong_to_the_tuner_that_was_named():
-    base = base_experiment(experiment("tuner.rank=2", "finetune.learning_rate=0.5", "tpp.learning_rate=0.25"))
+    written = experiment("tuner.rank=2", "finetune.learning_rate=0.5", "tpp.learning_rate=0.25")
+    base = base_experiment(written, Axes())
     own = cell_experiment(base, Cell(Arm("lora", "tpp"), 12, 3), threads=2)
     assert (own.tuner.rank, own.finetune.learning_rate, own.tpp.learning_rate) == (2, 0.5, 0.25)
     assert (own.seed, own.data.labels, own.hardware.threads, own.tpp.enabled) == (3, 12, 2, True)

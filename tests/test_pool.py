@@ -83,6 +83,20 @@ def test_a_job_begins_after_the_one_it_needs(tmp_path):
     assert second.with_suffix(".begun").stat().st_mtime_ns >= first.stat().st_mtime_ns
 
 
+def test_a_process_that_dies_idle_is_replaced(tmp_path):
+    jobs = [
+        Job("first", os.getpid, tmp_path / "log"),
+        Job("slow", partial(touch_slowly, tmp_path / "slow", 1.5), tmp_path / "log"),
+        Job("last", partial(add, 1, 1), tmp_path / "log", after="slow"),
+    ]
+    found = {}
+    for outcome in run_jobs(jobs, processes=2, threads=1):
+        found[outcome.job.name] = outcome
+        if outcome.job.name == "first":
+            os.kill(outcome.value, signal.SIGKILL)
+    assert found["last"].value == 2
+
+
 def test_processes_get_their_share_of_the_machine(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
     monkeypatch.setenv("OMP_NUM_THREADS", "16")

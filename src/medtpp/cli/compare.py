@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -59,7 +60,7 @@ def compare(
     """Compare starts of fine-tuning fairly: same split, label draws, heads, batches and steps, over several seeds."""
     experiment = experiment_from(source, settings, unlabelled, modality)
     from medtpp.report import write_report
-    from medtpp.workflow.compare import Axes, measure, open_comparison, run_cells, summarise
+    from medtpp.workflow.compare import Axes, hold, measure, open_comparison, run_cells, summarise
 
     if out is None and not dry_run:
         raise OutputError("Name an output folder with --out, or look at the plan with --dry-run.")
@@ -72,24 +73,31 @@ def compare(
         metric=metric,
         margin=margin,
     )
-    folder = None if dry_run else out
-    with decoding() as progress:
-        comparison = open_comparison(
-            experiment, axes, folder, jobs=jobs, resume=resume, overwrite=overwrite, progress=progress
-        )
-    show_split(comparison.prepared, tpp=True)
-    with console.status("measuring steps"):
-        comparison = measure(comparison, folder)
-    _show_plan(comparison, folder)
-    if folder is None:
-        return
-    _follow(run_cells(comparison, folder), len(comparison.missing_cells(folder)) + len(comparison.missing_tpp(folder)))
-    summary = summarise(comparison, folder)
-    _show_means(summary)
-    _show_differences(summary)
-    _show_failures(summary)
-    show_paths(report=write_report(folder), cells=folder / "cells.csv")
+    with nullcontext() if dry_run or out is None else hold(out):
+        with decoding() as progress:
+            comparison = open_comparison(
+                experiment,
+                axes,
+                out,
+                jobs=jobs,
+                dry_run=dry_run,
+                resume=resume,
+                overwrite=overwrite,
+                progress=progress,
+            )
+        show_split(comparison.prepared, tpp=bool(comparison.tpp_runs))
+        with console.status("measuring steps"):
+            comparison = measure(comparison, out, dry_run=dry_run)
+        _show_plan(comparison, out)
+        if dry_run or out is None:
+            return
+        _follow(run_cells(comparison, out), len(comparison.missing_cells(out)) + len(comparison.missing_tpp(out)))
+        summary = summarise(comparison, out)
+        _show_means(summary)
+        _show_differences(summary)
+        show_paths(report=write_report(out), cells=out / "cells.csv")
     if summary.failed:
+        errors.print(f"{len(summary.failed)} failed: see the report, or {out}/logs. --resume tries them again.")
         raise typer.Exit(1)
 
 
@@ -105,7 +113,7 @@ def _counts(text: str | None) -> tuple[Labels, ...]:
     return tuple("all" if name == "all" else int(name) for name in names)
 
 
-def _show_plan(comparison: Comparison, folder: Path | None) -> None:
+def _show_plan(comparison: Comparison, out: Path | None) -> None:
     """Arms, cells and the time they will take."""
     table = Table(box=None, pad_edge=False, title_justify="left", title="Plan")
     for name in ("labels", "arm", "cells", "steps", "minutes each"):
@@ -117,14 +125,14 @@ def _show_plan(comparison: Comparison, folder: Path | None) -> None:
     for index, cell in enumerate(cells := [cell for cell in comparison.cells if cell.seed == comparison.base.seed]):
         first = index == 0 or cells[index - 1].labels != cell.labels
         seconds = comparison.seconds(cell)
-        steps = str(comparison.steps(cell))
+        steps = str(comparison.steps(cell) or "?")
         table.add_row(str(cell.labels) if first else "", cell.arm.name, str(seeds), steps, _minutes(seconds))
     console.print(table)
-    machine, missing = comparison.machine, comparison.missing_cells(folder)
+    machine, missing = comparison.machine, comparison.missing_cells(out)
     console.print(
-        f"[bold]estimate[/bold]  {len(missing)} cells and {len(comparison.missing_tpp(folder))} runs of TPP to do, "
-        f"processes {machine.processes}, threads {machine.threads} each: about "
-        f"{_duration(comparison.seconds_left(folder))}"
+        f"[bold]to do[/bold]     {len(missing)} cells and {len(comparison.missing_tpp(out))} runs of TPP, "
+        f"processes {machine.processes}, threads {machine.threads} each\n"
+        f"[bold]estimate[/bold]  {_duration(comparison.seconds_left(out))}"
     )
 
 
@@ -165,7 +173,7 @@ def _show_means(summary: Summary) -> None:
         table.add_row(
             mean.labels if mean.labels != before else "",
             mean.arm,
-            "failed" if mean.value is None else f"{mean.value:.3f}",
+            f"{mean.value:.3f}" if mean.value is not None else "undefined" if mean.seeds else "failed",
             "" if mean.low is None else f"[{mean.low:.3f}, {mean.high:.3f}]",
             str(mean.seeds),
             "" if spent is None else f"{spent:.0f}",
@@ -194,10 +202,3 @@ def _show_differences(summary: Summary) -> None:
         console.print(row.sentence, markup=False)
     for note in summary.notes:
         console.print(f"note: {note}", markup=False)
-
-
-def _show_failures(summary: Summary) -> None:
-    for failure in summary.failed:
-        errors.print(f"failed: {failure['cell']}: {failure['reason']}", markup=False)
-    if summary.failed:
-        errors.print("--resume tries them again.")

@@ -8,6 +8,7 @@ give the plain metric.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -158,27 +159,38 @@ class Scored:
         return np.flatnonzero((share > 0) & (share < 1)).tolist()
 
 
-def per_class(scored: Scored, weights: Floats) -> dict[str, Floats]:
+CLASS_METRICS = ("auc", "average_precision", "sensitivity", "specificity", "f1", "recall")
+
+
+def per_class(scored: Scored, weights: Floats, names: Sequence[str] = CLASS_METRICS) -> dict[str, Floats]:
     """Metrics of each class against the rest, (r, k) each; `recall` is the sensitivity of `decided`."""
-    decided, at_threshold = scored.decided, scored.at_threshold
-    columns: dict[str, list[Floats]] = {
-        name: [] for name in ("auc", "average_precision", "sensitivity", "specificity", "f1", "recall")
+    classes = range(scored.truth.shape[1])
+    return {name: np.stack([_of_class(name, scored, at, weights) for at in classes], axis=1) for name in names}
+
+
+def _of_class(name: str, scored: Scored, index: int, weights: Floats) -> Floats:
+    truth, scores = scored.truth[:, index], scored.probabilities[:, index]
+    if name == "auc":
+        return roc_auc(scores, truth, weights)
+    if name == "average_precision":
+        return average_precision(scores, truth, weights)
+    if name in ("sensitivity", "specificity"):
+        reached = scored.at_threshold[:, index]
+        return (sensitivity if name == "sensitivity" else specificity)(reached, truth, weights)
+    decided = scored.decided[:, index]
+    return (f1 if name == "f1" else sensitivity)(decided, truth, weights)
+
+
+def overall(scored: Scored, weights: Floats, names: Sequence[str] = OVERALL) -> dict[str, Floats]:
+    """Some of the metrics of `OVERALL`, (r,) each. See docs/evaluation.md for their meaning in each kind of task."""
+    needed = {
+        "macro_f1": ("f1",),
+        "balanced_accuracy": ("sensitivity", "specificity") if scored.multilabel else ("recall",),
     }
-    for index in range(scored.truth.shape[1]):
-        truth, scores = scored.truth[:, index], scored.probabilities[:, index]
-        columns["auc"].append(roc_auc(scores, truth, weights))
-        columns["average_precision"].append(average_precision(scores, truth, weights))
-        columns["sensitivity"].append(sensitivity(at_threshold[:, index], truth, weights))
-        columns["specificity"].append(specificity(at_threshold[:, index], truth, weights))
-        columns["f1"].append(f1(decided[:, index], truth, weights))
-        columns["recall"].append(sensitivity(decided[:, index], truth, weights))
-    return {name: np.stack(values, axis=1) for name, values in columns.items()}
-
-
-def overall(scored: Scored, weights: Floats) -> dict[str, Floats]:
-    """All metrics of `OVERALL`, (r,) each. See docs/evaluation.md for what each means in each kind of task."""
-    classes = per_class(scored, weights)
+    wanted = [part for name in names for part in needed.get(name, (name,)) if part in CLASS_METRICS]
+    classes = per_class(scored, weights, tuple(dict.fromkeys(wanted)))
     comparable = scored.comparable
+    truth, probabilities, decided = scored.truth, scored.probabilities, scored.decided
 
     def macro(values: Floats) -> Floats:
         return values[:, comparable].mean(axis=1) if comparable else np.full(len(weights), np.nan)
@@ -186,32 +198,44 @@ def overall(scored: Scored, weights: Floats) -> dict[str, Floats]:
     def summary(name: str) -> Floats:
         return macro(classes[name]) if scored.positive is None else classes[name][:, scored.positive]
 
-    truth, probabilities, decided = scored.truth, scored.probabilities, scored.decided
-    squared = (probabilities - truth) ** 2
-    if scored.multilabel:
-        likelihood = np.clip(np.where(truth, probabilities, 1 - probabilities), _EPSILON, 1.0)
-        balanced = macro((classes["sensitivity"] + classes["specificity"]) / 2)
-        per_label = [calibration_error(probabilities[:, j], truth[:, j], weights) for j in range(truth.shape[1])]
-        ece = np.mean(per_label, axis=0)
-        correct = (decided == truth).mean(axis=1)
-        brier = squared.mean(axis=1)
-        log_loss = -np.log(likelihood).mean(axis=1)
-    else:
-        balanced = macro(classes["recall"])
-        hit = np.any(decided & truth, axis=1)
-        ece = calibration_error(probabilities.max(axis=1), hit, weights)
-        correct = hit.astype(np.float64)
-        brier = squared.sum(axis=1) if scored.positive is None else squared[:, scored.positive]
-        log_loss = -np.log(np.clip(probabilities[truth], _EPSILON, 1.0))
-    return {
-        "accuracy": mean(correct, weights),
+    def accuracy() -> Floats:
+        right = (decided == truth).mean(axis=1) if scored.multilabel else np.any(decided & truth, axis=1)
+        return mean(right.astype(np.float64), weights)
+
+    def balanced() -> Floats:
+        if scored.multilabel:
+            return macro((classes["sensitivity"] + classes["specificity"]) / 2)
+        return macro(classes["recall"])
+
+    def ece() -> Floats:
+        if scored.multilabel:
+            labels = range(truth.shape[1])
+            each = [calibration_error(probabilities[:, j], truth[:, j], weights) for j in labels]
+            return np.asarray(np.mean(each, axis=0))
+        return calibration_error(probabilities.max(axis=1), np.any(decided & truth, axis=1), weights)
+
+    def brier() -> Floats:
+        squared = (probabilities - truth) ** 2
+        if scored.multilabel:
+            return mean(squared.mean(axis=1), weights)
+        return mean(squared.sum(axis=1) if scored.positive is None else squared[:, scored.positive], weights)
+
+    def log_loss() -> Floats:
+        if scored.multilabel:
+            likelihood = np.clip(np.where(truth, probabilities, 1 - probabilities), _EPSILON, 1.0)
+            return mean(-np.log(likelihood).mean(axis=1), weights)
+        return mean(-np.log(np.clip(probabilities[truth], _EPSILON, 1.0)), weights)
+
+    compute: dict[str, Callable[[], Floats]] = {
+        "accuracy": accuracy,
         "balanced_accuracy": balanced,
-        "auc": summary("auc"),
-        "average_precision": summary("average_precision"),
-        "macro_f1": macro(classes["f1"]),
-        "sensitivity": summary("sensitivity"),
-        "specificity": summary("specificity"),
+        "auc": lambda: summary("auc"),
+        "average_precision": lambda: summary("average_precision"),
+        "macro_f1": lambda: macro(classes["f1"]),
+        "sensitivity": lambda: summary("sensitivity"),
+        "specificity": lambda: summary("specificity"),
         "ece": ece,
-        "brier": mean(brier, weights),
-        "log_loss": mean(log_loss, weights),
+        "brier": brier,
+        "log_loss": log_loss,
     }
+    return {name: compute[name]() for name in names}

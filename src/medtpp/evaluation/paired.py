@@ -8,7 +8,7 @@ weights and the order of the batches. The crossed bootstrap draws both, independ
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -19,6 +19,7 @@ from medtpp.evaluation.bootstrap import Bootstrap, Estimate, draw_weights, group
 from medtpp.evaluation.evaluate import score_cases
 from medtpp.evaluation.metrics import OVERALL, overall
 from medtpp.evaluation.predictions import Predictions
+from medtpp.files import digest
 
 Verdict = Literal["helps", "hurts", "equivalent", "no difference seen", "too few seeds", "undefined"]
 Floats = NDArray[np.float64]
@@ -52,17 +53,19 @@ class Scores:
         values: (S,) on all test cases.
         resampled: (S, R) in R draws of the test patients, the same draws for every arm.
         bootstrap: How the patients were drawn.
+        test: What they were tested on, from `tested_on`.
     """
 
     seeds: tuple[int, ...]
     values: Floats
     resampled: Floats
     bootstrap: Bootstrap
+    test: str = ""
 
     def select(self, seeds: Sequence[int]) -> Scores:
         """The runs of some seeds, in this order."""
         rows = [self.seeds.index(seed) for seed in seeds]
-        return Scores(tuple(seeds), self.values[rows], self.resampled[rows], self.bootstrap)
+        return replace(self, seeds=tuple(seeds), values=self.values[rows], resampled=self.resampled[rows])
 
     def mean(self) -> Estimate:
         """The mean over the seeds, with an interval over patients and seeds."""
@@ -78,13 +81,13 @@ class Difference:
         estimate: Mean paired difference over the seeds, with its interval.
         narrow: The interval at twice the error rate (90% for 95%), for two one-sided tests of equivalence.
         p: Two-sided p-value of the crossed bootstrap; None where no difference can be computed.
-        by_seed: Difference of each seed that both arms have.
+        by_seed: Difference of each seed that both arms have; None where the metric is undefined.
     """
 
     estimate: Estimate
     narrow: Estimate
     p: float | None
-    by_seed: dict[int, float]
+    by_seed: dict[int, float | None]
 
 
 def resample(runs: Mapping[int, Run], metric: str, bootstrap: Bootstrap) -> Scores:
@@ -100,8 +103,8 @@ def resample(runs: Mapping[int, Run], metric: str, bootstrap: Bootstrap) -> Scor
         raise DataError("There is no run to score.")
     seeds = tuple(sorted(runs))
     first = runs[seeds[0]].predictions
-    if any(runs[seed].predictions.cases != first.cases for seed in seeds):
-        raise DataError("The runs of an arm were tested on different cases, so they cannot be compared.")
+    if any(tested_on(runs[seed].predictions) != tested_on(first) for seed in seeds):
+        raise DataError("The runs of an arm were tested on different cases or labels, so they cannot be compared.")
     known = first.labelled()
     if not len(known):
         raise DataError("None of the test cases has a label.")
@@ -110,15 +113,21 @@ def resample(runs: Mapping[int, Run], metric: str, bootstrap: Bootstrap) -> Scor
     ]
     whole = np.ones((1, len(known)))
     chunks = [
-        [overall(cases, weights)[metric] for cases in scored]
+        [overall(cases, weights, [metric])[metric] for cases in scored]
         for weights in draw_weights(group_by_patient(known), bootstrap.resamples, bootstrap.seed)
     ]
     return Scores(
         seeds=seeds,
-        values=np.array([overall(cases, whole)[metric][0] for cases in scored]),
+        values=np.array([overall(cases, whole, [metric])[metric][0] for cases in scored]),
         resampled=np.concatenate([np.stack(chunk) for chunk in chunks], axis=1),
         bootstrap=bootstrap,
+        test=tested_on(first),
     )
+
+
+def tested_on(predictions: Predictions) -> str:
+    """A hash of the cases, labels and patients that were tested on."""
+    return digest(repr((predictions.cases, predictions.labels, predictions.patients)))
 
 
 def difference(arm: Scores, baseline: Scores) -> Difference:
@@ -130,6 +139,8 @@ def difference(arm: Scores, baseline: Scores) -> Difference:
     shared = sorted(set(arm.seeds) & set(baseline.seeds))
     if not shared:
         raise DataError("The arms have no seed in common.")
+    if arm.test != baseline.test:
+        raise DataError("The arms were tested on different cases or labels, so they cannot be compared.")
     if arm.bootstrap != baseline.bootstrap:
         raise DataError("The arms were resampled differently, so they are not paired.")
     ours, theirs = arm.select(shared), baseline.select(shared)
@@ -140,7 +151,7 @@ def difference(arm: Scores, baseline: Scores) -> Difference:
         estimate=summarise(value, draws, level),
         narrow=summarise(value, draws, 1 - 2 * (1 - level)),
         p=_p_value(draws),
-        by_seed=dict(zip(shared, values.tolist(), strict=True)),
+        by_seed={seed: None if np.isnan(gap) else float(gap) for seed, gap in zip(shared, values, strict=True)},
     )
 
 
@@ -174,7 +185,7 @@ def judge(found: Difference, p_adjusted: float | None, *, metric: str, margin: f
         return "undefined"
     if len(found.by_seed) < FEWEST_SEEDS:
         return "too few seeds"
-    if p_adjusted is not None and p_adjusted < SIGNIFICANT:
+    if p_adjusted is not None and p_adjusted < SIGNIFICANT and value:
         return "helps" if (value > 0) != (metric in LOWER_IS_BETTER) else "hurts"
     if narrow.low is not None and narrow.high is not None and -margin < narrow.low and narrow.high < margin:
         return "equivalent"

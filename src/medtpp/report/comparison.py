@@ -82,7 +82,7 @@ def comparison_page(folder: Path) -> str:
     tested = [one for one in file.differences if one.value is not None]
     main = [one for one in file.differences if _is_main(file, one)]
     others = [one for one in file.differences if not _is_main(file, one)]
-    gaps = [gap for one in main or others for gap in one.by_seed.values()]
+    gaps = [gap for one in main or others for gap in one.gaps]
     return render(
         "comparison.html",
         title=f"{file.data}: does TPP help?",

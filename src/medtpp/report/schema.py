@@ -155,7 +155,12 @@ class DifferenceFile(FileModel):
     p_holm: float | None
     verdict: Verdict
     sentence: str
-    by_seed: dict[str, float]
+    by_seed: dict[str, float | None]
+
+    @property
+    def gaps(self) -> list[float]:
+        """The differences of the seeds in which the metric exists."""
+        return [gap for gap in self.by_seed.values() if gap is not None]
 
 
 class ComparedTPPFile(FileModel):

@@ -119,7 +119,7 @@ def fit(
     start = state.resume(folder / RESUME, record, fabric) if folder else 0
     reached: set[str] = set()
     taken = 2 if start else 0  # of the first two steps, after which every parameter must have had a gradient
-    micro = schedule.accumulate
+    micro, before = schedule.accumulate, record.seconds
     began, seen, waited_before, memory = time.perf_counter(), 0, stream.waited, PeakMemory(fabric.device)
     every = max(1, schedule.steps // 200)
     recent = _Window(stream)
@@ -164,14 +164,16 @@ def fit(
                 fabric.log_dict({key: value for key, value in row.items() if key != "step"}, step=done)
             progress.update(done, row)
             if folder and schedule.checkpoint_every and done % schedule.checkpoint_every == 0 and done < schedule.steps:
+                record.seconds = before + time.perf_counter() - began
                 _check_finite(parameters, done)  # or every resumed run would begin with what is broken
                 state.save(folder / RESUME, done, record, fabric)
                 write_log(folder, record, fabric)
     state.restore_best(record)
     _check_finite(parameters, schedule.steps)
-    record.seconds = time.perf_counter() - began
-    record.images_per_second = seen / max(record.seconds, 1e-9)
-    record.waiting = (stream.waited - waited_before) / max(record.seconds, 1e-9)
+    spent = max(time.perf_counter() - began, 1e-9)
+    record.seconds = before + spent
+    record.images_per_second = seen / spent
+    record.waiting = (stream.waited - waited_before) / spent
     record.peak_memory = memory.mib()
     if folder:
         write_log(folder, record, fabric)

@@ -26,7 +26,7 @@ class Record:
     Attributes:
         rows: The log, one row for each logged step.
         best: Best validation score with its step, or None.
-        seconds: Of training, without what a resumed run did before.
+        seconds: Of training, with what a resumed run did before its last checkpoint.
         images_per_second: Over all steps of this process's run.
         waiting: Share of the time spent waiting for data.
         peak_memory: MiB, see `PeakMemory`.
@@ -73,7 +73,7 @@ class RunState:
                     "optimizer": self.optimizer.state_dict(),
                     "precision": fabric.strategy.precision.state_dict(),  # the scale of 16-bit gradients
                     "best": self.best,
-                    "record": {"rows": record.rows, "best": record.best},
+                    "record": {"rows": record.rows, "best": record.best, "seconds": record.seconds},
                 },
                 temporary,
             )
@@ -90,7 +90,7 @@ class RunState:
             saved = torch.load(path, map_location=fabric.device, weights_only=True)
             keys = ("step", "parameters", "optimizer", "precision", "best")
             step, parameters, optimizer, precision, best = (saved[key] for key in keys)
-            rows, best_score = saved["record"]["rows"], saved["record"]["best"]
+            rows, best_score, seconds = (saved["record"][name] for name in ("rows", "best", "seconds"))
             shapes = {name: value.shape for name, value in parameters.items()}
         except Exception as error:  # torch raises whatever the broken bytes lead to
             raise WeightsError(
@@ -106,6 +106,7 @@ class RunState:
         self.best = best
         record.rows = list(rows)
         record.best = best_score
+        record.seconds = seconds
         return int(step)
 
 

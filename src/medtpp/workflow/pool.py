@@ -134,9 +134,18 @@ class _Worker:
             self.process.start()
         theirs.close()
 
+    def _restart(self) -> None:
+        self.connection.close()
+        self.process.join()
+        self._start()
+
     def begin(self, job: Job) -> None:
         self.job, self.began = job, time.perf_counter()
-        self.connection.send(job)
+        try:
+            self.connection.send(job)
+        except OSError:  # it died while it had nothing to do
+            self._restart()
+            self.connection.send(job)
 
     def collect(self) -> Outcome:
         assert self.job is not None
@@ -147,8 +156,7 @@ class _Worker:
         except (EOFError, ConnectionError):
             self.process.join()
             error = _how_it_died(self.process.exitcode)
-            self.connection.close()
-            self._start()
+            self._restart()
             return Outcome(job, error=error, seconds=seconds)
         return Outcome(job, value, error, seconds)
 

@@ -42,7 +42,7 @@ from medtpp.training.finetune import FinetuneInputs, run_finetune
 from medtpp.training.tpp import TPPInputs, run_tpp
 from medtpp.workflow.experiment import write_experiment
 from medtpp.workflow.guards import refuse_changes, require_fit, require_head
-from medtpp.workflow.prepare import Prepared, prepare
+from medtpp.workflow.prepare import Prepared, PreparedData, prepare
 from medtpp.workflow.steps import refuse_folder, step
 
 Tell = Callable[[str], None]
@@ -76,6 +76,7 @@ def open_run(
     resume: bool = False,
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
+    verify: Callable[[Prepared], None] = lambda _: None,
 ) -> Prepared:
     """Make the output folder, prepare the data, keep the split and the resolved experiment there.
 
@@ -89,6 +90,7 @@ def open_run(
         resume: Go on with what the folder holds.
         overwrite: Replace what the folder holds.
         progress: Called with images decoded so far and in all.
+        verify: Called before anything is deleted or written; may raise.
 
     Raises:
         OutputError: The folder is not empty and neither `resume` nor `overwrite` is given.
@@ -101,9 +103,11 @@ def open_run(
     kept = None if overwrite else out / "split.csv"
     prepared = prepare(experiment, split_file=kept, all_test=all_test, progress=progress)
     refuse_overlap(f"The backbone {backbone.name}", seen_by(backbone).overlap(prepared.cases("test"), prepared.records))
+    if not overwrite:
+        refuse_changes(out, prepared)
+    verify(prepared)
     if overwrite:
         prepare_folder(out, overwrite=True)
-    refuse_changes(out, prepared)
     write_experiment(out / "experiment.yaml", prepared.experiment)  # first: it says what the split belongs to
     write_split(out / "split.csv", prepared.dataset, prepared.whole_split)
     return prepared
@@ -164,7 +168,7 @@ def tpp_stage(prepared: Prepared, folder: Path, tell: Tell) -> Path:
     """Target Parameter Pre-training as a step. Gives its adapter folder."""
     experiment, cases = prepared.experiment, prepared.tpp
     inputs = TPPInputs(experiment, prepared.preprocessing, prepared.data(cases), prepared.fingerprints(cases))
-    key = _key(prepared, "tpp", "pretext") | {"images": _content(prepared, cases)}
+    key = _key(prepared, "tpp", "pretext") | {"images": content(prepared, cases)}
     if not step(folder, key, lambda: run_tpp(inputs, folder)):
         tell("TPP was done before.")
     return folder / "adapter"
@@ -210,8 +214,8 @@ def finetune_stage(prepared: Prepared, folder: Path, tell: Tell, *, start: Path 
         "start": None if start is None else digest((start / "adapter_model.safetensors").read_bytes()),
         "start card": None if card is None else card.model_dump(mode="json", exclude={"versions"}),
         "classes": prepared.dataset.classes,
-        "training cases": _content(prepared, train),
-        "validation cases": _content(prepared, val),
+        "training cases": content(prepared, train),
+        "validation cases": content(prepared, val),
     }
     if not step(folder, key, lambda: run_finetune(inputs, folder)):
         tell("Fine-tuning was done before.")
@@ -219,7 +223,13 @@ def finetune_stage(prepared: Prepared, folder: Path, tell: Tell, *, start: Path 
 
 
 def evaluate_stage(
-    prepared: Prepared, adapter: Path, folder: Path, *, backbone: str | None = None, mistakes: bool = True
+    prepared: Prepared,
+    adapter: Path,
+    folder: Path,
+    *,
+    backbone: str | None = None,
+    mistakes: bool = True,
+    resamples: int = 2000,
 ) -> Evaluation:
     """Predict the test cases in float32 and write predictions.csv and evaluation.json.
 
@@ -229,6 +239,7 @@ def evaluate_stage(
         folder: Of the results.
         backbone: Where the backbone lies now, if it moved.
         mistakes: Write the most confident mistakes, with their images, too.
+        resamples: Of the bootstrap.
 
     Raises:
         LeakageError: The adapter or its backbone was trained on test cases.
@@ -270,6 +281,7 @@ def evaluate_stage(
         predictions,
         thresholds=Thresholds(task_card.thresholds, task_card.threshold_notes),
         positive=positive_class(predictions, task_card.positive),
+        resamples=resamples,
         seed=Seeds(prepared.experiment.seed).number("bootstrap"),
         notes=notes,
     )
@@ -292,6 +304,6 @@ def _key(prepared: Prepared, *sections: str) -> dict[str, Any]:
     }
 
 
-def _content(prepared: Prepared, cases: Iterable[Case]) -> str:
+def content(prepared: PreparedData, cases: Iterable[Case]) -> str:
     """One hash of what some cases are: names, labels, pixels."""
     return digest(*(f"{case.id}|{case.labels}|{prepared.records[case.id].fingerprint}" for case in cases))

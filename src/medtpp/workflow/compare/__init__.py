@@ -1,6 +1,7 @@
 """`medtpp compare`: does TPP help on these data?
 
 OUT/experiment.yaml, split.csv        # one split for all: the patients of the test set are the same everywhere
+OUT/axes.json, inputs.json            # what is compared, and a hash of what the results depend on
 OUT/timing.json                       # measured steps
 OUT/tpp/TUNER/seedN/                  # one pretext stage for all label counts of a tuner and seed
 OUT/cells/TUNER-INIT/LABELS/seedN/    # finetune/, evaluation/, complete.json
@@ -8,10 +9,10 @@ OUT/logs/                             # what the processes said, and why some fa
 OUT/cells.csv, comparison.json        # the results
 """
 
-from medtpp.workflow.compare.comparison import Comparison, open_comparison
+from medtpp.workflow.compare.comparison import Comparison, hold, open_comparison
 from medtpp.workflow.compare.plan import Axes
 from medtpp.workflow.compare.run import measure, run_cells
 from medtpp.workflow.compare.summary import Summary, summarise
 from medtpp.workflow.pool import Outcome
 
-__all__ = ["Axes", "Comparison", "Outcome", "Summary", "measure", "open_comparison", "run_cells", "summarise"]
+__all__ = ["Axes", "Comparison", "Outcome", "Summary", "hold", "measure", "open_comparison", "run_cells", "summarise"]

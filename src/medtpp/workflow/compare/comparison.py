@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
 from medtpp.config import Experiment
-from medtpp.files import MARKER
-from medtpp.training.device import choose_accelerator
+from medtpp.errors import ConfigError, OutputError
+from medtpp.files import MARKER, prepare_folder, read_json, write_json
+from medtpp.training.device import choose_accelerator, choose_precision
 from medtpp.training.stage import number
 from medtpp.workflow.compare.plan import Arm, Axes, Cell, Labels, base_experiment, cell_experiment
 from medtpp.workflow.compare.work import Timing
 from medtpp.workflow.prepare import Prepared, arrange, prepare
-from medtpp.workflow.run import open_run
+from medtpp.workflow.run import content, open_run
 
 Progress = Callable[[int, int], None]
+_AXES, _INPUTS = "axes.json", "inputs.json"
 
 
 @dataclass(frozen=True)
@@ -42,10 +48,12 @@ class Budget:
     Attributes:
         tpp: Of the pretext stage, with the head's warm-up.
         finetune: Of fine-tuning, by label count.
+        batch: Cases per step of fine-tuning, by label count.
     """
 
     tpp: int
-    finetune: dict[Labels, int]
+    finetune: Mapping[Labels, int]
+    batch: Mapping[Labels, int]
 
 
 @dataclass(frozen=True)
@@ -55,10 +63,10 @@ class Comparison:
     Attributes:
         axes: What is compared.
         base: The experiment that all cells derive from, as written.
-        prepared: The same with all labels, prepared.
+        prepared: The first arm's, with all labels.
         budget: Steps.
         machine: How the cells are spread.
-        timings: What each tuner costs here, once it is measured.
+        timings: What a tuner costs here at a batch size, once it is measured; see `timing`.
     """
 
     axes: Axes
@@ -76,7 +84,7 @@ class Comparison:
     @property
     def labels(self) -> tuple[Labels, ...]:
         """All label counts."""
-        return tuple(dict.fromkeys(cell.labels for cell in self.axes.cells(self.base)))
+        return self.axes.labels
 
     @property
     def cells(self) -> tuple[Cell, ...]:
@@ -88,23 +96,31 @@ class Comparison:
         """Tuner and seed of each pretext stage."""
         return tuple(dict.fromkeys((cell.arm.tuner, cell.seed) for cell in self.cells if cell.arm.init == "tpp"))
 
-    def steps(self, cell: Cell) -> int:
-        """Fine-tuning steps of a cell; "longer" has those of TPP on top, counted by time."""
+    def timing_key(self, tuner: str, labels: Labels) -> str:
+        """The key of `timings`: a step costs the same wherever tuner and batch size are the same."""
+        return f"{tuner} {self.budget.batch[labels]}"
+
+    def timing(self, tuner: str, labels: Labels) -> Timing | None:
+        """What a tuner costs at a label count; None where it could not be measured."""
+        return self.timings.get(self.timing_key(tuner, labels))
+
+    def steps(self, cell: Cell) -> int | None:
+        """Fine-tuning steps of a cell; "longer" has those of TPP on top, counted by time: None without a timing."""
         steps = self.budget.finetune[cell.labels]
-        timing = self.timings.get(cell.arm.tuner)
-        if cell.arm.init != "longer" or timing is None:
+        if cell.arm.init != "longer":
             return steps
-        return steps + max(1, round((self.tpp_seconds(cell.arm.tuner) or 0) / timing.finetune_step))
+        timing, spent = self.timing(cell.arm.tuner, cell.labels), self.tpp_seconds(cell.arm.tuner)
+        return None if timing is None or spent is None else steps + max(1, round(spent / timing.finetune_step))
 
     def tpp_seconds(self, tuner: str) -> float | None:
         """What one pretext stage of a tuner takes; None where it could not be measured."""
-        timing = self.timings.get(tuner)
+        timing = next((found for labels in self.labels if (found := self.timing(tuner, labels))), None)
         return None if timing is None else timing.tpp_rest + self.budget.tpp * timing.tpp_step
 
     def seconds(self, cell: Cell) -> float | None:
         """What a cell takes, without TPP; None where it could not be measured."""
-        timing = self.timings.get(cell.arm.tuner)
-        return None if timing is None else timing.cell_rest + self.steps(cell) * timing.finetune_step
+        timing, steps = self.timing(cell.arm.tuner, cell.labels), self.steps(cell)
+        return None if timing is None or steps is None else timing.cell_rest + steps * timing.finetune_step
 
     def missing_tpp(self, out: Path | None) -> list[tuple[str, int]]:
         """The pretext stages, by tuner and seed, that some cell needs and that are not done."""
@@ -133,45 +149,81 @@ def log_file(out: Path, folder: Path) -> Path:
     return out / "logs" / f"{'-'.join(folder.relative_to(out).parts)}.log"
 
 
+@contextmanager
+def hold(out: Path) -> Iterator[None]:
+    """Keep other processes out of a comparison's folder, from before it is made or replaced until its report is there.
+
+    Raises:
+        OutputError: Another process is at work in it.
+    """
+    prepare_folder(out.parent, resume=True)
+    path = out.parent / f".{out.name}.lock"  # beside the folder, which --overwrite deletes
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise OutputError(f"Another process is at work in {out}. Wait for it, or name another folder.") from None
+    try:
+        yield
+    finally:
+        lock.release()
+        path.unlink(missing_ok=True)
+
+
 def open_comparison(
     experiment: Experiment,
     axes: Axes,
     out: Path | None,
     *,
     jobs: int | None = None,
+    dry_run: bool = False,
     resume: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Comparison:
-    """Read the data once, and find out whether all cells can be made.
+    """Read the data once, and find out whether all cells can be made, before anything is deleted or written.
 
     Args:
         experiment: As written by the user.
-        axes: What to compare.
-        out: The output folder; None writes nothing (a dry run).
+        axes: What to compare. A resumed comparison keeps the axes it had, too.
+        out: The output folder; a dry run may go without.
         jobs: Processes at once; as many as fit by default.
-        resume: Go on with what the folder holds. The axes may have grown.
+        dry_run: Write nothing. With `out`, what is done there counts.
+        resume: Go on with what the folder holds.
         overwrite: Replace what the folder holds.
         progress: Called with images decoded so far and in all.
 
     Raises:
-        MedtppError: As `open_run`; or there are too few labelled cases for a label count.
+        MedtppError: As `open_run`; there are too few labelled cases for a label count; or the folder holds a
+            comparison of other data, with another metric, margin, precision or accelerator.
     """
-    base = base_experiment(experiment)
-    if not axes.labels:
-        axes = Axes(**{**asdict(axes), "labels": (base.data.labels,)})
-    whole = base.model_copy(update={"data": base.data.model_copy(update={"labels": "all"})})
-    if out is None:
-        prepared = prepare(whole, progress=progress)
-    else:
-        prepared = open_run(whole, out, resume=resume, overwrite=overwrite, progress=progress)
+    axes = axes.resolved(experiment)
+    kept = out is not None and not overwrite and (out / _AXES).is_file()
+    if out is not None and kept and (resume or dry_run):
+        axes = axes.joined(Axes.load(read_json(out / _AXES)))
+    base = base_experiment(experiment, axes)
+    first = next(axes.cells(base))
+    whole = cell_experiment(base, Cell(first.arm, "all", base.seed), tpp="tpp" in axes.inits)
     finetune: dict[Labels, int] = {}
-    for cell in axes.cells(base):
-        if cell.labels not in finetune:
-            resolved = arrange(prepared, cell_experiment(base, cell)).experiment
-            finetune[cell.labels] = number(resolved.finetune.steps)
+    batch: dict[Labels, int] = {}
+
+    def verify(prepared: Prepared) -> None:
+        if out is not None and kept:
+            _refuse_other_data(out, _inputs(prepared))
+        for cell in axes.cells(base):
+            if cell.labels not in finetune:
+                resolved = arrange(prepared, cell_experiment(base, cell)).experiment.finetune
+                finetune[cell.labels], batch[cell.labels] = number(resolved.steps), number(resolved.batch_size)
+
+    if dry_run or out is None:
+        prepared = prepare(whole, split_file=out / "split.csv" if out and kept else None, progress=progress)
+        verify(prepared)
+    else:
+        prepared = open_run(whole, out, resume=resume, overwrite=overwrite, progress=progress, verify=verify)
+        write_json(out / _AXES, asdict(axes))
+        write_json(out / _INPUTS, _inputs(prepared))
     tpp = prepared.experiment.tpp
-    budget = Budget(number(tpp.steps) + number(tpp.head_warmup), finetune)
+    budget = Budget(number(tpp.steps) + number(tpp.head_warmup) if tpp.enabled else 0, finetune, batch)
     return Comparison(axes, base, prepared, budget, share_machine(base, len(tuple(axes.cells(base))), jobs))
 
 
@@ -184,3 +236,27 @@ def share_machine(experiment: Experiment, cells: int, jobs: int | None = None) -
     most = {"cuda": gpus, "mps": 1}.get(accelerator, cores)
     processes = max(1, min(jobs or most, cells))
     return Machine(processes, max(1, cores // processes), gpus)
+
+
+def _inputs(prepared: Prepared) -> dict[str, Any]:
+    """What the results of all cells depend on, beside the experiment: a resumed comparison must have the same."""
+    hardware = prepared.experiment.hardware
+    accelerator = choose_accelerator(hardware.accelerator)
+    cases = {name: [case for case in prepared.dataset.cases if prepared.whole_split.get(case.id) == name]
+             for name in ("train", "val", "test")}  # fmt: skip
+    return {
+        "accelerator": accelerator,
+        "precision": choose_precision(hardware.precision, accelerator)[0],
+        **{f"{name} cases": content(prepared, found) for name, found in cases.items()},
+        "images of TPP": content(prepared, prepared.tpp),
+    }
+
+
+def _refuse_other_data(out: Path, now: dict[str, Any]) -> None:
+    before = read_json(out / _INPUTS) if (out / _INPUTS).is_file() else {}
+    changed = [name for name in now if json.dumps(before.get(name)) != json.dumps(now[name])]
+    if changed:
+        raise ConfigError(
+            f"{out} was made otherwise, so its cells and new ones could not be compared. Use --overwrite, or another "
+            f"--out. What differs: {', '.join(changed)}."
+        )

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from medtpp.config import TUNERS, Experiment, LoggingOptions
 from medtpp.errors import ConfigError
@@ -118,53 +118,83 @@ class Axes:
             problems.append(f"the margin is {self.margin}; it is 0 or more")
         if "longer" in self.extras and "tpp" not in self.inits:
             problems.append("the arm longer takes as long as TPP, so the init tpp has to be there")
-        without = [] if "tpp" not in self.inits else [name for name in self.tuners if not _has_targets(name)]
-        problems += [f"{name} has no target parameters for TPP; name it as an arm instead" for name in without]
         if problems:
             raise ConfigError("This is no comparison:", problems)
 
+    @classmethod
+    def load(cls, values: Mapping[str, Any]) -> Axes:
+        """What `dataclasses.asdict` and JSON made of some axes."""
+        fields: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
+        return cls(**fields)
+
+    def resolved(self, experiment: Experiment) -> Axes:
+        """The same with the experiment's own tuner and label count where none is named."""
+        tuners, labels = self.tuners or (experiment.tuner.name,), self.labels or (experiment.data.labels,)
+        return replace(self, tuners=tuners, labels=labels)
+
+    def joined(self, before: Axes) -> Axes:
+        """These axes and those of the comparison that is gone on with: nothing that was tested is left out later.
+
+        Raises:
+            ConfigError: Metric or margin differ: they are set before anyone has looked.
+        """
+        if (self.metric, self.margin) != (before.metric, before.margin):
+            raise ConfigError(
+                f"The comparison was begun with --metric {before.metric} and --margin {before.margin:g}, which are set "
+                "before looking. Keep them, or begin anew with --overwrite or another --out."
+            )
+        both: dict[str, Any] = {
+            name: tuple(dict.fromkeys([*getattr(before, name), *getattr(self, name)]))
+            for name in ("tuners", "inits", "extras", "labels")
+        }
+        return replace(self, **both, seeds=max(self.seeds, before.seeds))
+
     def arms(self, experiment: Experiment) -> tuple[Arm, ...]:
         """All arms, tuner by tuner, then the references."""
-        tuners = self.tuners or (experiment.tuner.name,)
         inits: tuple[Init, ...] = (*self.inits, *(("longer",) if "longer" in self.extras else ()))
-        own = [Arm(tuner, init) for tuner in tuners for init in inits]
+        own = [Arm(tuner, init) for tuner in self.resolved(experiment).tuners for init in inits]
         references = [Arm(name, "standard") for name in REFERENCES if name in self.extras]
         return tuple(dict.fromkeys([*own, *references]))
 
     def cells(self, experiment: Experiment) -> Iterator[Cell]:
         """All cells, seed by seed, so that a comparison that is stopped has whole pairs."""
         seeds = range(experiment.seed, experiment.seed + self.seeds)
-        counts = self.labels or (experiment.data.labels,)
-        for seed, labels, arm in itertools.product(seeds, counts, self.arms(experiment)):
+        for seed, labels, arm in itertools.product(seeds, self.resolved(experiment).labels, self.arms(experiment)):
             yield Cell(arm, labels, seed)
 
 
-def _has_targets(name: str) -> bool:
-    return name not in dict(TUNERS.items()) or TUNERS.get(name).has_targets
-
-
-def base_experiment(experiment: Experiment) -> Experiment:
+def base_experiment(experiment: Experiment, axes: Axes) -> Experiment:
     """An experiment as it is compared: TPP never sees test images, the last weights count, CSV logs alone.
 
     Raises:
-        ConfigError: It asks for transductive TPP.
+        ConfigError: It asks for transductive TPP, for several devices per run, or for TPP of a tuner without targets.
     """
     if experiment.tpp.transductive:
         raise ConfigError(
             "tpp.transductive is for single runs: a comparison in which TPP sees the test images shows nothing. "
             "Use --set tpp.transductive=false."
         )
+    if experiment.hardware.devices > 1:
+        raise ConfigError(
+            "hardware.devices is for single runs: a comparison gives each cell one device, and does several cells at "
+            "once (--jobs). Use --set hardware.devices=1."
+        )
+    for arm in axes.arms(experiment):
+        if arm.init == "tpp" and not TUNERS.get(arm.tuner).has_targets:
+            raise ConfigError(
+                f"The tuner {arm.tuner} has no target parameters, so there is no TPP to compare. Name another one with "
+                f"--tuner, or leave TPP out with --init standard."
+            )
     return experiment.model_copy(
         update={
             "finetune": experiment.finetune.model_copy(update={"keep": "last"}),
-            "tpp": experiment.tpp.model_copy(update={"enabled": True}),
             "logging": LoggingOptions(tensorboard=False),
         }
     )
 
 
 def cell_experiment(
-    base: Experiment, cell: Cell, *, steps: int | None = None, threads: int | None = None
+    base: Experiment, cell: Cell, *, steps: int | None = None, threads: int | None = None, tpp: bool | None = None
 ) -> Experiment:
     """The experiment of one cell.
 
@@ -175,15 +205,17 @@ def cell_experiment(
         cell: Which.
         steps: Of fine-tuning, where they are not the experiment's.
         threads: CPU threads of the process.
+        tpp: Whether there is a pretext stage; by default as the arm says.
     """
-    tpp, finetune = base.tpp.model_copy(update={"enabled": cell.arm.init == "tpp"}), base.finetune
+    pretext = base.tpp.model_copy(update={"enabled": cell.arm.init == "tpp" if tpp is None else tpp})
+    finetune = base.finetune
     update: dict[str, object] = {"seed": cell.seed, "data": base.data.model_copy(update={"labels": cell.labels})}
     if threads is not None:
         update["hardware"] = base.hardware.model_copy(update={"threads": threads})
     if cell.arm.tuner != base.tuner.name:
         own = {"learning_rate": "auto", "weight_decay": 0.0}
         update["tuner"] = TUNERS.get(cell.arm.tuner).Options()
-        tpp, finetune = tpp.model_copy(update=own), finetune.model_copy(update=own)
+        pretext, finetune = pretext.model_copy(update=own), finetune.model_copy(update=own)
     if steps is not None:
         finetune = finetune.model_copy(update={"steps": steps})
-    return base.model_copy(update={**update, "tpp": tpp, "finetune": finetune})
+    return base.model_copy(update={**update, "tpp": pretext, "finetune": finetune})

@@ -3,82 +3,80 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import psutil
-from filelock import FileLock, Timeout
 
-from medtpp.errors import OutputError
 from medtpp.files import read_json, write_json
 from medtpp.workflow.compare.comparison import Comparison, Machine, log_file, tpp_folder
 from medtpp.workflow.compare.plan import Arm, Cell, cell_experiment
-from medtpp.workflow.compare.work import Timing, do_cell, do_tpp, time_steps
+from medtpp.workflow.compare.work import Timing, do_cell, do_tpp, refuse, time_steps
 from medtpp.workflow.pool import Job, Outcome, run_jobs
 
 _MEMORY_SHARE = 0.8  # of what is free, for all processes together
 _TIMINGS = "timing.json"
 
 
-def measure(comparison: Comparison, out: Path | None) -> Comparison:
+def measure(comparison: Comparison, out: Path | None, *, dry_run: bool = False) -> Comparison:
     """The same comparison with its steps timed, on as many processes as memory allows.
 
     What was measured before in the folder is taken from there, so that a resumed "longer" has the same steps.
 
     Args:
         comparison: Opened.
-        out: Of the comparison; None writes nothing.
+        out: Of the comparison, if there is one.
+        dry_run: Write nothing there.
     """
     known: dict[str, Timing] = {}
     if out is not None and (out / _TIMINGS).is_file():
         known = {name: Timing(**values) for name, values in read_json(out / _TIMINGS).items()}
+    alone = replace(comparison.machine, processes=1)  # once more, for what failed: all at once may need too much memory
     with TemporaryDirectory(prefix="medtpp-") as scratch:
-        for outcome in _run(comparison.machine, list(_timing_jobs(comparison, known, Path(scratch)))):
-            if outcome.error is None:  # a tuner that fails will fail in its cells, and be told there
-                known[outcome.job.name.split()[0]] = outcome.value
-    if out is not None:
+        for machine in (comparison.machine, alone):
+            folder = Path(scratch) / str(machine.processes)
+            for outcome in _run(machine, list(_timing_jobs(comparison, machine, known, folder))):
+                if outcome.error is None:
+                    known[outcome.job.name.rpartition(" ")[0]] = outcome.value
+    if out is not None and not dry_run:
         write_json(out / _TIMINGS, {name: asdict(timing) for name, timing in known.items()})
     return replace(comparison, timings=known, machine=_within_memory(comparison.machine, known))
 
 
 def run_cells(comparison: Comparison, out: Path) -> Iterator[Outcome]:
-    """Do what is not done yet; gives each pretext stage and cell as it ends. A failure is kept beside the log.
-
-    Raises:
-        OutputError: Another process is at work in the folder.
-    """
-    lock = FileLock(out / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise OutputError(f"Another process is at work in {out}. Wait for it, or name another folder.") from None
-    with lock:
-        for outcome in _run(comparison.machine, list(_jobs(comparison, out))):
-            failure = outcome.job.log.with_suffix(".json")
-            if outcome.error is None:
-                failure.unlink(missing_ok=True)
-            else:
-                write_json(failure, {"name": outcome.job.name, "reason": outcome.error})
-            yield outcome
+    """Do what is not done yet; gives each pretext stage and cell as it ends. A failure is kept beside the log."""
+    for outcome in _run(comparison.machine, list(_jobs(comparison, out))):
+        failure = outcome.job.log.with_suffix(".json")
+        if outcome.error is None:
+            failure.unlink(missing_ok=True)
+        else:
+            write_json(failure, {"name": outcome.job.name, "reason": outcome.error})
+        yield outcome
 
 
 def _run(machine: Machine, jobs: list[Job]) -> Iterator[Outcome]:
     return run_jobs(jobs, processes=machine.processes, threads=machine.threads, gpus=machine.gpus)
 
 
-def _timing_jobs(comparison: Comparison, known: dict[str, Timing], scratch: Path) -> Iterator[Job]:
-    """Each tuner on every process at once, for they share caches and memory bandwidth."""
-    first = comparison.cells[0]
-    for tuner in dict.fromkeys(arm.tuner for arm in comparison.arms):
+def _timing_jobs(comparison: Comparison, machine: Machine, known: dict[str, Timing], scratch: Path) -> Iterator[Job]:
+    """Each tuner at each batch size on every process at once, for they share caches and memory bandwidth."""
+    begun = set(known)
+    for tuner, labels in itertools.product(dict.fromkeys(arm.tuner for arm in comparison.arms), comparison.labels):
+        key = comparison.timing_key(tuner, labels)
+        if key in begun:
+            continue
+        begun.add(key)
         pretext = Arm(tuner, "tpp")
         arm = pretext if pretext in comparison.arms else Arm(tuner, "standard")
-        cell = Cell(arm, first.labels, first.seed)
-        experiment = cell_experiment(comparison.base, cell, threads=comparison.machine.threads)
-        for copy in range(0 if tuner in known else comparison.machine.processes):
-            call = functools.partial(time_steps, comparison.prepared, experiment)
-            yield Job(f"{tuner} {copy}", call, scratch / "output.log")
+        cell = Cell(arm, labels, comparison.base.seed)
+        experiment = cell_experiment(comparison.base, cell, threads=machine.threads)
+        for copy in range(machine.processes):
+            folder = scratch / key / str(copy)
+            call = functools.partial(time_steps, comparison.prepared, experiment, folder)
+            yield Job(f"{key} {copy}", call, scratch / "output.log")
 
 
 def _jobs(comparison: Comparison, out: Path) -> Iterator[Job]:
@@ -97,9 +95,15 @@ def _jobs(comparison: Comparison, out: Path) -> Iterator[Job]:
                 yield Job(
                     name, functools.partial(do_tpp, comparison.prepared, experiment, pretext), log_file(out, pretext)
                 )
-        experiment = cell_experiment(comparison.base, cell, steps=comparison.steps(cell), threads=threads)
-        work = functools.partial(do_cell, comparison.prepared, experiment, folder, start)
-        yield Job(cell.name, work, log_file(out, folder), after)
+        yield Job(cell.name, _work(comparison, cell, folder, start), log_file(out, folder), after)
+
+
+def _work(comparison: Comparison, cell: Cell, folder: Path, start: Path | None) -> Callable[[], object]:
+    steps = comparison.steps(cell)
+    if steps is None:
+        return functools.partial(refuse, "Its steps are counted by the time that TPP takes, which was not measured.")
+    experiment = cell_experiment(comparison.base, cell, steps=steps, threads=comparison.machine.threads)
+    return functools.partial(do_cell, comparison.prepared, experiment, folder, start)
 
 
 def _within_memory(machine: Machine, timings: dict[str, Timing]) -> Machine:

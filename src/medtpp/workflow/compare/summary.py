@@ -61,7 +61,7 @@ class Paired:
     p_holm: float | None
     verdict: Verdict
     sentence: str
-    by_seed: dict[str, float]
+    by_seed: dict[str, float | None]
 
 
 @dataclass(frozen=True)
@@ -109,8 +109,8 @@ def summarise(comparison: Comparison, out: Path) -> Summary:
             mine = {cell.seed: run for cell, run in runs.items() if (cell.arm, cell.labels) == (arm, labels)}
             if mine:
                 scores[arm, str(labels)] = resample(mine, axes.metric, bootstrap)
-    positive = next((run.positive for run in runs.values()), None)
-    title = metric_title(axes.metric, macro=positive is None)
+    dataset = comparison.prepared.dataset
+    title = metric_title(axes.metric, macro=dataset.multilabel or len(dataset.classes) != 2)
     counts = {
         str(labels): sum(part != "test" for part in comparison.prepared.split.values()) if labels == "all" else labels
         for labels in comparison.labels
@@ -134,7 +134,7 @@ def summarise(comparison: Comparison, out: Path) -> Summary:
         differences=_differences(comparison, scores, title),
         tpp=_pretext(comparison, out),
         failed=_failed(comparison, out),
-        notes=_notes(comparison),
+        notes=_notes(comparison, list(scores.values())),
     )
     write_json(out / "comparison.json", {"schema": SCHEMA, **asdict(summary)})
     return summary
@@ -274,8 +274,14 @@ def _failed(comparison: Comparison, out: Path) -> list[dict[str, str]]:
     return [{"cell": failure["name"], "reason": failure["reason"]} for failure in found]
 
 
-def _notes(comparison: Comparison) -> list[str]:
+def _notes(comparison: Comparison, scores: list[Scores]) -> list[str]:
     notes = []
+    undefined = max((scored.mean().undefined_share for scored in scores), default=0.0)
+    if undefined > 0.01:
+        notes.append(
+            f"In {undefined:.0%} of the resamples the metric does not exist, since no case of a class was drawn; these "
+            "are left out of intervals and p-values."
+        )
     if comparison.axes.seeds < 10:
         notes.append(f"{comparison.axes.seeds} seeds: with few labels at least 10 are advised.")
     if not any(case.patient for case in comparison.prepared.dataset.cases):

@@ -6,7 +6,7 @@ from medtpp.evaluation.paired import FEWEST_SEEDS, Difference, Verdict
 from medtpp.workflow.compare.plan import Arm
 
 _BASELINES = {
-    "standard": "the same without TPP",
+    "standard": "no TPP",
     "longer": "fine-tuning for as long",
     "linear": "a head on frozen features",
     "full": "full fine-tuning",
@@ -39,24 +39,28 @@ def sentence(
     against = _BASELINES[baseline.tuner if baseline.is_reference and baseline.tuner != tuner else baseline.init]
     estimate, seeds = gap.estimate, len(gap.by_seed)
     if verdict == "undefined" or estimate.value is None or estimate.low is None or estimate.high is None:
-        return f"{where}: the difference to {against} is undefined."
-    unit, scale = ("", 1.0) if metric == "log_loss" else (" points", 100.0)  # the others lie between 0 and 1
-    low, high = (f"{value * scale:+.1f}" if scale > 1 else f"{value:+.3f}" for value in (estimate.low, estimate.high))
-    value = abs(estimate.value) * scale
-    amount = f"{value:.1f}" if scale > 1 else f"{value:.3f}"
-    signed = ("+" if estimate.value >= 0 else "-") + amount
-    room = f"{margin * scale:g}{unit}"
+        return f"{where}: the difference between TPP and {against} is undefined."
+    points = metric != "log_loss"  # the others lie between 0 and 1
+    value, low, high = (_signed(number, points) for number in (estimate.value, estimate.low, estimate.high))
+    unit, room = (" points", f"{100 * margin:g} points") if points else ("", f"{margin:g}")
     interval = f"[{low}, {high}], {seeds} seeds"
-    if verdict == "helps":
-        return f"{where}: TPP helps, by {amount}{unit} of {title} over {against} ({interval})."
-    if verdict == "hurts":
-        return f"{where}: TPP hurts, by {amount}{unit} of {title} under {against} ({interval})."
+    if verdict in ("helps", "hurts"):
+        small = f", by less than the margin of {room}" if abs(estimate.value) < margin else ""
+        direction = "higher" if estimate.value > 0 else "lower"
+        return (
+            f"{where}: TPP {verdict}{small}: {title} is {value.lstrip('+-')}{unit} {direction} than with {against} "
+            f"({interval})."
+        )
     if verdict == "equivalent":
-        return f"{where}: TPP and {against} are equivalent within {room} of {title} ({signed} {interval})."
+        return f"{where}: TPP and {against} are equivalent within {room} of {title} ({value} {interval})."
     if verdict == "too few seeds":
         few = f"{seeds} seeds are" if seeds > 1 else "one seed is"
-        return f"{where}: {few} too few to tell TPP from {against} ({signed}{unit}); take {FEWEST_SEEDS} or more."
+        return f"{where}: {few} too few to tell TPP from {against} ({value}{unit}); take {FEWEST_SEEDS} or more."
     return (
-        f"{where}: no difference seen between TPP and {against}: {signed}{unit} of {title} ({interval}). "
+        f"{where}: no difference seen between TPP and {against}: {value}{unit} of {title} ({interval}). "
         f"That is not equivalence, for which the interval would have to lie within {room}."
     )
+
+
+def _signed(number: float, points: bool) -> str:
+    return f"{100 * number:+.1f}" if points else f"{number:+.3f}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -10,15 +9,14 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import torch
-
 from medtpp.config import Experiment
+from medtpp.errors import ConfigError
 from medtpp.files import MARKER, read_json, write_json
-from medtpp.training.memory import PeakMemory
 from medtpp.workflow.prepare import Prepared, PreparedData, arrange
 from medtpp.workflow.run import evaluate_stage, finetune_stage, tpp_stage
 
 MEASURED = 8  # steps; the first ones are slower
+RESAMPLES = 200  # of a cell's own intervals, which nobody compares
 
 
 @dataclass(frozen=True)
@@ -54,33 +52,42 @@ def do_cell(data: PreparedData, experiment: Experiment, folder: Path, start: Pat
     """
     prepared = arrange(data, experiment)
     adapter = finetune_stage(prepared, folder / "finetune", _tell, start=start)
-    evaluation = evaluate_stage(prepared, adapter, folder / "evaluation", mistakes=False)
+    evaluation = evaluate_stage(prepared, adapter, folder / "evaluation", mistakes=False, resamples=RESAMPLES)
     metrics = {name: estimate.value for name, estimate in evaluation.metrics.items()}
     parts = {name: len(prepared.cases(name)) for name in ("train", "val", "test")}
     write_json(folder / MARKER, {"cases": parts, "metrics": metrics})
     return metrics
 
 
-def time_steps(data: PreparedData, experiment: Experiment) -> Timing:
-    """Time a few steps of both stages, in a folder that goes away."""
+def time_steps(data: PreparedData, experiment: Experiment, folder: Path) -> Timing:
+    """Time a few steps of both stages, in a folder that somebody else takes away."""
     prepared = arrange(data, experiment)
-    memory = PeakMemory(torch.device("cpu"))
-    tpp_step = tpp_rest = 0.0
+    tpp_step = tpp_rest = memory = 0.0
     start = None
-    with tempfile.TemporaryDirectory(prefix="medtpp-") as name:
-        folder = Path(name)
-        if prepared.experiment.tpp.enabled:
-            short = _shortened(prepared, "tpp", head_warmup=0)
-            tpp_step, tpp_rest = _timed(lambda: tpp_stage(short, folder / "tpp", _tell), folder / "tpp")
-            start = folder / "tpp" / "adapter"
-        short = _shortened(prepared, "finetune")
+    if prepared.experiment.tpp.enabled:
+        short = _shortened(prepared, "tpp", head_warmup=0)
+        tpp_step, tpp_rest = _timed(lambda: tpp_stage(short, folder / "tpp", _tell), folder / "tpp")
+        start = folder / "tpp" / "adapter"
+        memory = read_json(folder / "tpp" / MARKER)["peak_memory_mib"]
+    short = _shortened(prepared, "finetune")
 
-        def cell() -> None:
-            adapter = finetune_stage(short, folder / "finetune", _tell, start=start)
-            evaluate_stage(short, adapter, folder / "evaluation", mistakes=False)
+    def cell() -> None:
+        adapter = finetune_stage(short, folder / "finetune", _tell, start=start)
+        evaluate_stage(short, adapter, folder / "evaluation", mistakes=False, resamples=RESAMPLES)
 
-        finetune_step, cell_rest = _timed(cell, folder / "finetune")
-    return Timing(tpp_step, finetune_step, tpp_rest, cell_rest, memory.mib())
+    finetune_step, cell_rest = _timed(cell, folder / "finetune")
+    # Each stage counts its own peak; the test comes after both.
+    memory = max(memory, read_json(folder / "finetune" / MARKER)["peak_memory_mib"])
+    return Timing(tpp_step, finetune_step, tpp_rest, cell_rest, memory)
+
+
+def refuse(reason: str) -> None:
+    """The work of a cell that cannot be done.
+
+    Raises:
+        ConfigError: Always.
+    """
+    raise ConfigError(reason)
 
 
 def _shortened(prepared: Prepared, section: str, **update: Any) -> Prepared:
