@@ -28,7 +28,8 @@ from medtpp.errors import ConfigError, OutputError
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from medtpp.workflow.compare import Comparison, Outcome, Summary
+    from medtpp.report.schema import ComparisonFile
+    from medtpp.workflow.compare import Comparison, Outcome
     from medtpp.workflow.compare.plan import Labels
 
 
@@ -161,7 +162,7 @@ def _follow(outcomes: Iterable[Outcome], total: int) -> None:
                 errors.print(f"{done}/{total} {outcome.job.name}, {outcome.seconds:.0f} s", markup=False)
 
 
-def _show_means(summary: Summary) -> None:
+def _show_means(summary: ComparisonFile) -> None:
     table = Table(
         box=None, pad_edge=False, title_justify="left", title=f"\n{summary.metric_title}, mean over the seeds"
     )
@@ -182,7 +183,7 @@ def _show_means(summary: Summary) -> None:
     console.print(table, markup=False)
 
 
-def _show_differences(summary: Summary) -> None:
+def _show_differences(summary: ComparisonFile) -> None:
     if not summary.differences:
         return
     table = Table(box=None, pad_edge=False, title_justify="left", title="\nTPP minus another arm, paired")

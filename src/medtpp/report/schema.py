@@ -132,13 +132,13 @@ class MeanFile(FileModel):
     arm: str
     labels: str
     seeds: int
-    value: float | None
-    low: float | None
-    high: float | None
-    seconds: float | None
-    tpp_seconds: float | None
-    peak_memory_mib: float | None
-    target_parameters: int | None
+    value: float | None = None
+    low: float | None = None
+    high: float | None = None
+    seconds: float | None = None
+    tpp_seconds: float | None = None
+    peak_memory_mib: float | None = None
+    target_parameters: int | None = None
 
 
 class DifferenceFile(FileModel):
@@ -184,7 +184,7 @@ class FailedFile(FileModel):
 
 
 class ComparisonFile(FileModel):
-    """comparison.json."""
+    """comparison.json, which `medtpp compare` writes; docs/compare.md says what the numbers mean."""
 
     schema_version: Literal[1] = Field(alias="schema")
     data: str

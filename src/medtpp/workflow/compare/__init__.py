@@ -12,7 +12,7 @@ OUT/cells.csv, comparison.json        # the results
 from medtpp.workflow.compare.comparison import Comparison, hold, open_comparison
 from medtpp.workflow.compare.plan import Axes
 from medtpp.workflow.compare.run import measure, run_cells
-from medtpp.workflow.compare.summary import Summary, summarise
+from medtpp.workflow.compare.summary import summarise
 from medtpp.workflow.pool import Outcome
 
-__all__ = ["Axes", "Comparison", "Outcome", "Summary", "hold", "measure", "open_comparison", "run_cells", "summarise"]
+__all__ = ["Axes", "Comparison", "Outcome", "hold", "measure", "open_comparison", "run_cells", "summarise"]

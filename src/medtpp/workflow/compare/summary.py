@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -11,15 +10,15 @@ from typing import Any
 from medtpp.evaluation.bootstrap import Bootstrap
 from medtpp.evaluation.evaluate import metric_title
 from medtpp.evaluation.metrics import OVERALL
-from medtpp.evaluation.paired import LOWER_IS_BETTER, Run, Scores, Verdict, difference, holm, judge, resample
+from medtpp.evaluation.paired import LOWER_IS_BETTER, Run, Scores, difference, holm, judge, resample
 from medtpp.evaluation.predictions import read_predictions
 from medtpp.files import MARKER, atomic, read_json, write_json
+from medtpp.report.schema import ArmFile, ComparedTPPFile, ComparisonFile, DifferenceFile, FailedFile, MeanFile
 from medtpp.seeds import Seeds
 from medtpp.workflow.compare.comparison import Comparison, log_file, tpp_folder
 from medtpp.workflow.compare.plan import REFERENCES, Arm, Cell
 from medtpp.workflow.compare.words import sentence
 
-SCHEMA = 1
 RESAMPLES = 2000
 LEVEL = 0.95
 _DESCRIPTIONS = {
@@ -30,66 +29,7 @@ _DESCRIPTIONS = {
 _REFERENCE_TEXTS = {"linear": "a head on frozen features", "full": "all weights of the backbone fine-tuned"}
 
 
-@dataclass(frozen=True)
-class Mean:
-    """An arm at a label count: the mean over its seeds, and what it costs; None where no cell ended well."""
-
-    arm: str
-    labels: str
-    seeds: int
-    value: float | None
-    low: float | None
-    high: float | None
-    seconds: float | None
-    tpp_seconds: float | None
-    peak_memory_mib: float | None
-    target_parameters: int | None
-
-
-@dataclass(frozen=True)
-class Paired:
-    """An arm minus a baseline at a label count."""
-
-    arm: str
-    baseline: str
-    labels: str
-    seeds: int
-    value: float | None
-    low: float | None
-    high: float | None
-    p: float | None
-    p_holm: float | None
-    verdict: Verdict
-    sentence: str
-    by_seed: dict[str, float | None]
-
-
-@dataclass(frozen=True)
-class Summary:
-    """What `comparison.json` holds; docs/compare.md describes the fields."""
-
-    data: str
-    metric: str
-    metric_title: str
-    higher_is_better: bool
-    margin: float
-    level: float
-    n_cases: int
-    n_patients: int
-    unit: str
-    resamples: int
-    seeds: list[int]
-    labels: list[str]
-    label_counts: dict[str, int]
-    arms: list[dict[str, str]]
-    means: list[Mean]
-    differences: list[Paired]
-    tpp: list[dict[str, Any]]
-    failed: list[dict[str, str]]
-    notes: list[str]
-
-
-def summarise(comparison: Comparison, out: Path) -> Summary:
+def summarise(comparison: Comparison, out: Path) -> ComparisonFile:
     """Evaluate what is there, and write `cells.csv` and `comparison.json`."""
     rows = [_row(comparison, cell, out) for cell in comparison.cells]
     _write_rows(out / "cells.csv", rows)
@@ -115,7 +55,8 @@ def summarise(comparison: Comparison, out: Path) -> Summary:
         str(labels): sum(part != "test" for part in comparison.prepared.split.values()) if labels == "all" else labels
         for labels in comparison.labels
     }
-    summary = Summary(
+    summary = ComparisonFile(
+        schema=1,
         data=comparison.prepared.dataset.root.resolve().name,
         metric=axes.metric,
         metric_title=title,
@@ -136,13 +77,13 @@ def summarise(comparison: Comparison, out: Path) -> Summary:
         failed=_failed(comparison, out),
         notes=_notes(comparison, list(scores.values())),
     )
-    write_json(out / "comparison.json", {"schema": SCHEMA, **asdict(summary)})
+    write_json(out / "comparison.json", summary.model_dump(mode="json", by_alias=True))
     return summary
 
 
-def _describe(arm: Arm) -> dict[str, str]:
+def _describe(arm: Arm) -> ArmFile:
     text = _REFERENCE_TEXTS[arm.tuner] if arm.is_reference else _DESCRIPTIONS[arm.init].format(arm.tuner)
-    return {"name": arm.name, "tuner": arm.tuner, "init": arm.init, "description": text}
+    return ArmFile(name=arm.name, tuner=arm.tuner, init=arm.init, description=text)
 
 
 def _run(folder: Path) -> Run:
@@ -186,13 +127,13 @@ def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
         writer.writerows(rows)
 
 
-def _mean(arm: Arm, labels: str, scores: Scores | None, rows: list[dict[str, Any]]) -> Mean:
+def _mean(arm: Arm, labels: str, scores: Scores | None, rows: list[dict[str, Any]]) -> MeanFile:
     done = [row for row in rows if (row["arm"], str(row["labels"]), row["status"]) == (arm.name, labels, "done")]
     if scores is None or not done:
-        return Mean(arm.name, labels, 0, None, None, None, None, None, None, None)
+        return MeanFile(arm=arm.name, labels=labels, seeds=0)
     estimate = scores.mean()
     spent = [row["tpp_seconds"] for row in done if "tpp_seconds" in row]
-    return Mean(
+    return MeanFile(
         arm=arm.name,
         labels=labels,
         seeds=len(done),
@@ -206,7 +147,7 @@ def _mean(arm: Arm, labels: str, scores: Scores | None, rows: list[dict[str, Any
     )
 
 
-def _differences(comparison: Comparison, scores: dict[tuple[Arm, str], Scores], title: str) -> list[Paired]:
+def _differences(comparison: Comparison, scores: dict[tuple[Arm, str], Scores], title: str) -> list[DifferenceFile]:
     """TPP against the other starts of its tuner and against the references: for each kind a family of tests."""
     found = []
     for kind in ("standard", "longer", "linear", "full"):
@@ -222,7 +163,7 @@ def _differences(comparison: Comparison, scores: dict[tuple[Arm, str], Scores], 
             axes = comparison.axes
             verdict = judge(gap, p_holm, metric=axes.metric, margin=axes.margin)
             found.append(
-                Paired(
+                DifferenceFile(
                     arm=arm.name,
                     baseline=baseline.name,
                     labels=labels,
@@ -250,28 +191,24 @@ def _share_seeds(first: Scores | None, second: Scores | None) -> bool:
     return first is not None and second is not None and not set(first.seeds).isdisjoint(second.seeds)
 
 
-def _pretext(comparison: Comparison, out: Path) -> list[dict[str, Any]]:
+def _pretext(comparison: Comparison, out: Path) -> list[ComparedTPPFile]:
     found = []
     for tuner, seed in comparison.tpp_runs:
         folder = tpp_folder(out, tuner, seed)
         if (folder / MARKER).is_file():
-            told = read_json(folder / MARKER)
-            names = ("pretext_loss_on", "pretext_loss_off", "feature_drift", "steps", "seconds", "peak_memory_mib")
             files = {"log": folder / "log.csv", "preview": folder / "preview.png"}
-            found.append(
-                {"tuner": tuner, "seed": seed}
-                | {name: told[name] for name in names}
-                | {name: path.relative_to(out).as_posix() for name, path in files.items() if path.is_file()}
-            )
+            paths = {name: path.relative_to(out).as_posix() for name, path in files.items() if path.is_file()}
+            told = {**read_json(folder / MARKER), "tuner": tuner, "seed": seed, **paths}
+            found.append(ComparedTPPFile.model_validate(told))
     return found
 
 
-def _failed(comparison: Comparison, out: Path) -> list[dict[str, str]]:
+def _failed(comparison: Comparison, out: Path) -> list[FailedFile]:
     stages = [tpp_folder(out, tuner, seed) for tuner, seed in comparison.tpp_runs]
     folders = [*stages, *(cell.folder(out) for cell in comparison.cells)]
     files = [log_file(out, folder).with_suffix(".json") for folder in folders if not (folder / MARKER).is_file()]
     found = [read_json(path) for path in files if path.is_file()]
-    return [{"cell": failure["name"], "reason": failure["reason"]} for failure in found]
+    return [FailedFile(cell=failure["name"], reason=failure["reason"]) for failure in found]
 
 
 def _notes(comparison: Comparison, scores: list[Scores]) -> list[str]:
