@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -166,8 +166,9 @@ def hold(out: Path) -> Iterator[None]:
     try:
         yield
     finally:
+        with suppress(OSError):  # Windows keeps open files; deleted after the release, it could be another's by then
+            path.unlink(missing_ok=True)
         lock.release()
-        path.unlink(missing_ok=True)
 
 
 def open_comparison(
