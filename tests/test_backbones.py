@@ -309,7 +309,7 @@ def test_the_default_backbone_comes_with_the_package():
     backbone = backbones.load(options)
     assert (options.name, backbone.spec.image_size, backbone.spec.objective) == (
         "medtpp_vit_tiny",
-        (128, 128),
+        (160, 160),
         "pixels",
     )
     mae = PRETEXTS.get("mae")
