@@ -6,9 +6,9 @@ A file that cannot be read whole is an error with its reason, never an image wit
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -92,6 +92,15 @@ def decode(data: bytes) -> Pixels:
         raise DataError(
             f"is truncated or broken ({str(error) or type(error).__name__}). Copy or export it again."
         ) from error
+    return without_colour(pixels)
+
+
+def without_colour(pixels: Pixels) -> Pixels:
+    """An image as it is, or in grey if it is a colour image whose channels are equal within JPEG's tolerance.
+
+    Args:
+        pixels: (H, W) or (H, W, 3).
+    """
     return luma(pixels) if pixels.ndim == 3 and _is_grey(pixels) else pixels
 
 
@@ -114,11 +123,17 @@ def luma(pixels: Pixels) -> Pixels:
     return grey.astype(np.uint8) if pixels.dtype == np.uint8 else grey.astype(np.uint16)
 
 
-def probe_colour(paths: Sequence[Path], sample: int = 64) -> bool:
-    """Whether any image of an even sample is coloured; decides `channels: auto`. Unreadable files are passed over."""
-    for index in np.unique(np.linspace(0, len(paths) - 1, min(sample, len(paths)), dtype=int)):
+def probe_colour(images: Sequence[Any], read: Callable[[Any], Pixels] = read_image, sample: int = 64) -> bool:
+    """Whether any image of an even sample is coloured; decides `channels: auto`. Unreadable files are passed over.
+
+    Args:
+        images: Paths, or whatever `read` takes.
+        read: Reads one of them.
+        sample: How many to read.
+    """
+    for index in np.unique(np.linspace(0, len(images) - 1, min(sample, len(images)), dtype=int)):
         try:
-            if read_image(paths[index]).ndim == 3:
+            if read(images[index]).ndim == 3:
                 return True
         except DataError:
             continue
