@@ -87,13 +87,13 @@ def test_images_alone_are_unlabelled(tmp_path):
 
 
 def test_stray_images_and_other_files_are_warned_of(tmp_path):
-    dataset = read(touch(tmp_path, "a/1.png", "stray.png", "notes.txt", "b/x.dcm"))
-    assert problems(dataset)["not-an-image"] == "2 files are not images, for example b/x.dcm: ignored."
+    dataset = read(touch(tmp_path, "a/1.png", "stray.png", "notes.txt", "b/x.dat"))
+    assert problems(dataset)["not-an-image"] == "2 files are not images, for example b/x.dat: ignored."
     assert "stray.png" in problems(dataset)["outside-class-folders"]
     assert {case.id for case in dataset.cases if not case.labelled} == {"stray.png"}
 
 
-@pytest.mark.parametrize("names", [(), ("a/1.dcm",)])
+@pytest.mark.parametrize("names", [(), ("a/1.dat",)])
 def test_no_images_shows_what_is_expected(tmp_path, names):
     with pytest.raises(DataError, match=r"(?s)holds no images.*DATA/benign/1.png"):
         read(touch(tmp_path, *names))

@@ -4,24 +4,40 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 SPLITS = ("train", "val", "test")
 
 
 @dataclass(frozen=True)
+class Structure:
+    """What a segmentation looks for: an organ, a lesion, or a region made of several.
+
+    Attributes:
+        name: For tables.
+        values: The values in mask files that belong to it. Structures that share a value overlap.
+    """
+
+    name: str
+    values: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Case:
-    """One image with what is known of it.
+    """One image or volume with what is known of it.
 
     Attributes:
         id: Unique in its data set: the image's path relative to the root, with forward slashes.
-        image: Where the image lies.
+        image: Where the image lies; of a DICOM series, its first slice.
         labels: Class names: none for an unlabelled case, one for a single label, several for multi-label tasks.
             A case of a multi-label data set with no finding has the labels () and `labelled` True.
         labelled: Whether a label is known.
         patient: The patient, where known. Cases of one patient never fall in two splits.
         site: The hospital or scanner, where known.
         split: "train", "val" or "test" where the data set prescribes it.
+        files: The slices of a DICOM series in their order in space; () where one file holds the image.
+        channels: Further files of the same shape and geometry, such as other MRI sequences, each a channel.
+        mask: Its segmentation, where there is one.
     """
 
     id: str
@@ -31,6 +47,9 @@ class Case:
     patient: str | None = None
     site: str | None = None
     split: str | None = None
+    files: tuple[Path, ...] = ()
+    channels: tuple[Path, ...] = ()
+    mask: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -59,6 +78,7 @@ class Dataset:
         layout: The name of the source that read it.
         classes: Class names in sorted order; empty when nothing is labelled.
         multilabel: Whether a case may have several labels.
+        structures: What masks show, in the order of the logits; empty where no case has a mask.
         problems: What the source found wrong while reading.
     """
 
@@ -67,11 +87,38 @@ class Dataset:
     cases: tuple[Case, ...]
     classes: tuple[str, ...] = ()
     multilabel: bool = False
+    structures: tuple[Structure, ...] = ()
     problems: tuple[Problem, ...] = field(default=())
+
+    def for_classification(self) -> Dataset:
+        """The same data set without its masks."""
+        cases = tuple(replace(case, mask=None) for case in self.cases)
+        return replace(self, cases=cases, structures=())
+
+    def for_segmentation(self) -> Dataset:
+        """The same data set, with its masks in the place of labels: a case that has one is labelled."""
+        cases = tuple(replace(case, labels=(), labelled=case.mask is not None) for case in self.cases)
+        return replace(self, cases=cases, classes=(), multilabel=False)
 
     def with_cases(self, cases: tuple[Case, ...]) -> Dataset:
         """The same data set with other cases."""
         return replace(self, cases=cases)
+
+
+class Record(Protocol):
+    """What reading one image told, of every kind of image."""
+
+    @property
+    def case(self) -> str:
+        """The id of the case."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for equal images; empty on error."""
+
+    @property
+    def error(self) -> str | None:
+        """Why the image cannot be used, or None."""
 
 
 @dataclass(frozen=True)

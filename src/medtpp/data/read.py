@@ -10,7 +10,8 @@ from pathlib import Path
 
 from medtpp.config import SOURCES, DataOptions
 from medtpp.data.case import Case, Dataset, Problem
-from medtpp.data.sources import class_names, first_few, list_images
+from medtpp.data.sources import class_names, find_images, first_few
+from medtpp.data.sources.segmentation_folders import without_masks
 from medtpp.errors import DataError
 
 
@@ -41,20 +42,20 @@ def read_unlabelled(paths: Sequence[Path]) -> tuple[Case, ...]:
     """
     folders = [path.expanduser() for path in paths]
     wrong = [f"{folder} is not a folder" for folder in folders if not folder.is_dir()]
-    images = [list_images(folder)[0] if folder.is_dir() else [] for folder in folders]
+    images = [without_masks(find_images(folder)[0]) if folder.is_dir() else [] for folder in folders]
     wrong += [
         f"{folder} holds no images"
-        for folder, names in zip(folders, images, strict=True)
-        if not names and folder.is_dir()
+        for folder, found in zip(folders, images, strict=True)
+        if not found and folder.is_dir()
     ]
     if wrong:
         raise DataError("Folders of unlabelled images (data.unlabelled) cannot be used:", wrong)
     cases: dict[str, Case] = {}
     taken: set[str] = set()
-    for folder, names in zip(folders, images, strict=True):
+    for folder, found in zip(folders, images, strict=True):
         prefix = _unique_prefix(folder, taken)
-        for name in names:
-            case = Case(prefix + name, folder / name)
+        for image in found:
+            case = Case(prefix + image.name, image.image, patient=image.patient, files=image.files)
             cases.setdefault(os.path.realpath(case.image), case)
     return tuple(cases.values())
 

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import os
+import posixpath
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import islice
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from medtpp.config import DataOptions
-from medtpp.data.case import Case, Dataset
+from medtpp.data.case import Case, Dataset, Problem
 from medtpp.errors import DataError
 
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp"})
+if TYPE_CHECKING:
+    from medtpp.data.volumes.series import Series
+
+PLANE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp"})
+VOLUME_SUFFIXES = frozenset({".nii", ".nii.gz", ".nrrd", ".mha", ".mhd"})
+IMAGE_SUFFIXES = PLANE_SUFFIXES | VOLUME_SUFFIXES  # DICOM is told by content: see find_images
 
 _SPLIT_NAMES = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -64,11 +72,20 @@ def first_few(items: Iterable[object], limit: int = 5) -> str:
     return f"{text} and {left} more" if left else text
 
 
+def split_suffix(name: str) -> tuple[str, str]:
+    """A name or path without its suffix, and the suffix in lower case; ".nii.gz" is one suffix."""
+    stem, suffix = os.path.splitext(name)  # noqa: PTH122
+    if suffix.lower() == ".gz" and stem.lower().endswith(".nii"):
+        return stem[:-4], ".nii.gz"
+    return stem, suffix.lower()
+
+
 def list_images(folder: Path) -> tuple[list[str], list[str]]:
     """All files under a folder, links followed, hidden ones and droppings of operating systems left out.
 
     Returns:
-        Paths relative to the folder with forward slashes, each list sorted: images by suffix, and other files.
+        Paths relative to the folder with forward slashes, each list sorted: images by suffix, and other files. DICOM
+        files are among the others, data files that belong to a .mhd header in neither.
 
     Raises:
         DataError: A folder cannot be opened, or a name is not UTF-8 and so cannot be written to any table.
@@ -77,8 +94,116 @@ def list_images(folder: Path) -> tuple[list[str], list[str]]:
     broken = sorted(name.encode("utf-8", "replace").decode() for name in files if not _is_text(name))
     if broken:
         raise DataError(f"{folder}: {len(broken)} file names are not UTF-8: {first_few(broken)}. Rename them.")
-    images = sorted(name for name in files if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES)  # noqa: PTH122
-    return images, sorted(set(files).difference(images))
+    parts = {name: split_suffix(name) for name in sorted(files)}
+    images = [name for name, (_, suffix) in parts.items() if suffix in IMAGE_SUFFIXES]
+    headers = {stem for stem, suffix in parts.values() if suffix == ".mhd"}
+    others = [
+        name
+        for name, (stem, suffix) in parts.items()
+        if suffix not in IMAGE_SUFFIXES and not (suffix in (".raw", ".zraw") and stem in headers)
+    ]
+    return images, others
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """An image, a volume or a DICOM scan in a folder.
+
+    Attributes:
+        name: Its case id. The path of its file relative to the folder, with forward slashes; of a stack of slices, the
+            folder they lie in, with "#1", "#2" where several stacks lie there.
+        image: For `Case.image`.
+        files: For `Case.files`.
+        scan: What the headers say, of DICOM.
+    """
+
+    name: str
+    image: Path
+    files: tuple[Path, ...] = ()
+    scan: Series | None = None
+
+    @property
+    def stem(self) -> str:
+        """The name without its suffix, to pair it with a mask."""
+        return self.name if len(self.files) > 1 else split_suffix(self.name)[0]
+
+    @property
+    def patient(self) -> str | None:
+        """A pseudonym, where there is a header that tells patients apart."""
+        return self.scan.patient if self.scan else None
+
+
+def find_images(folder: Path) -> tuple[list[ImageFile], list[str]]:
+    """All images under a folder: by suffix as `list_images` does, and DICOM scans by their content.
+
+    Returns:
+        Images sorted by name, and the names of other files.
+
+    Raises:
+        DataError: See `list_images`.
+    """
+    names, others = list_images(folder)
+    images = [ImageFile(name, folder / name) for name in names]
+    if any(_may_be_dicom(folder / name) for name in others):
+        from medtpp.data.volumes import find_series  # brings pydicom
+
+        scans = find_series(folder)
+        images += _named(folder, scans)
+        slices = {file.relative_to(folder).as_posix() for scan in scans for file in scan.files}
+        others = [name for name in others if name not in slices and posixpath.basename(name).upper() != "DICOMDIR"]
+    return sorted(images, key=lambda image: image.name), others
+
+
+def scan_problems(images: Iterable[ImageFile], exclude: Sequence[str]) -> list[Problem]:
+    """What the headers of DICOM scans showed, of cases that are not left out: a problem for each kind of finding."""
+    scans = [(image, image.scan) for image in images if image.scan and not is_excluded(image.name, exclude)]
+    found: dict[tuple[str, str], list[tuple[str, Problem]]] = defaultdict(list)
+    folders: dict[Path, list[tuple[ImageFile, Series]]] = defaultdict(list)
+    for image, scan in scans:
+        folders[scan.image.parent].append((image, scan))
+        for problem in scan.problems:
+            found[problem.severity, problem.code].append((image.name, problem))
+    problems = []
+    for (_, code), its in found.items():
+        text = f"DICOM: {first_few((f'{name}: {problem.message}' for name, problem in its), 3)}"
+        problems.append(Problem(its[0][1].severity, code, text, tuple(dict.fromkeys(name for name, _ in its))))
+    crowded = [inside for inside in folders.values() if len(inside) > 1 and any(scan.stacked for _, scan in inside)]
+    if crowded:
+        listed = (" and ".join(f"{image.name} ({scan.summary()})" for image, scan in inside) for inside in crowded)
+        text = (
+            f"{len(crowded)} folders hold several DICOM series: {first_few(listed, 3)}. Each is a case; leave out "
+            "those that are not meant with data.exclude."
+        )
+        names = tuple(image.name for inside in crowded for image, _ in inside)
+        problems.append(Problem("warning", "several-series", text, names))
+    return problems
+
+
+def _may_be_dicom(path: Path) -> bool:
+    """Whether it is worth to look for scans, which takes long."""
+    if path.suffix.lower() in {".dcm", ".dicom", ".ima"}:
+        return True
+    try:
+        with path.open("rb") as stream:
+            start = stream.read(132)
+    except OSError:
+        return False
+    return start[128:] == b"DICM" or (not path.suffix and start[:2] in (b"\x08\x00", b"\x02\x00"))  # no preamble
+
+
+def _named(folder: Path, scans: Sequence[Series]) -> list[ImageFile]:
+    named = []
+    for scan in sorted(scans, key=lambda scan: min(scan.files)):
+        files = [file.relative_to(folder).as_posix() for file in scan.files]
+        above = posixpath.commonpath([posixpath.dirname(name) for name in files]) or folder.resolve().name
+        named.append((files[0] if len(files) == 1 else above, scan))
+    total, seen = Counter(name for name, _ in named), Counter[str]()
+    images = []
+    for name, scan in named:
+        seen[name] += 1
+        numbered = f"{name}#{seen[name]}" if total[name] > 1 else name
+        images.append(ImageFile(numbered, scan.image, scan.files if scan.stacked else (), scan))
+    return images
 
 
 def _walk(folder: str, prefix: str, above: frozenset[str]) -> Iterator[str]:

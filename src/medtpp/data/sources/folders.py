@@ -1,4 +1,4 @@
-"""Class folders: `DATA/benign/1.png`, or `DATA/train/benign/1.png` where the split is prescribed."""
+"""Class folders: `DATA/benign/1.png`, or `DATA/train/benign/1.nii.gz` where the split is prescribed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import ClassVar
 
 from medtpp.config import SOURCES, DataOptions
 from medtpp.data.case import Case, Dataset, Problem
-from medtpp.data.sources import IMAGE_SUFFIXES, class_names, first_few, list_images, split_of
+from medtpp.data.sources import IMAGE_SUFFIXES, ImageFile, class_names, find_images, first_few, scan_problems, split_of
+from medtpp.data.sources.segmentation_folders import holds_masks
 from medtpp.errors import DataError
 
 _EXPECTED = """Expected is a folder for each class, optionally inside train, val and test:
@@ -19,7 +20,7 @@ or images alone, without labels:
 
 @SOURCES.register("folders")
 class Folders:
-    """A folder for each class; images nested deeper in it belong to the class.
+    """A folder for each class; images, volumes and DICOM series nested deeper in it belong to the class.
 
     Images outside class folders are unlabelled cases. Where the folders at the top are called train, val (valid,
     validation) and test, in any case, they prescribe the split and hold the class folders.
@@ -37,26 +38,33 @@ class Folders:
         """Read the names of all images.
 
         Raises:
-            DataError: There is no image, split folders stand beside class folders, or several labels are asked for.
+            DataError: There is no image, split folders stand beside class folders, several labels are asked for, or
+                the folders are images and masks rather than classes.
         """
+        if holds_masks(path):
+            raise DataError(
+                f"{path} holds images and their masks, not a folder for each class. Read it with --set "
+                "data.layout=segmentation_folders, or write a manifest.csv with the columns image, mask and label."
+            )
         if options.multilabel:
             raise DataError(
                 f"{path}: class folders give one label to each image. For several labels (data.multilabel=true) "
                 "write a manifest.csv with the columns image and label."
             )
-        images, others = list_images(path)
+        images, others = find_images(path)
         if not images:
             found = f"only other files ({first_few(others, 3)})" if others else "nothing"
             suffixes = " ".join(sorted(IMAGE_SUFFIXES))
-            raise DataError(f"{path} holds no images ({suffixes}), {found}.\n{_EXPECTED}")
+            raise DataError(f"{path} holds no images ({suffixes}, DICOM), {found}.\n{_EXPECTED}")
 
         prescribed = _splits_prescribed(path, images)
-        cases = tuple(_case(path, name, prescribed) for name in images)
-        return Dataset(path, "folders", cases, class_names(cases), problems=tuple(_problems(cases, others)))
+        cases = tuple(_case(image, prescribed) for image in images)
+        problems = (*scan_problems(images, options.exclude), *_problems(cases, others))
+        return Dataset(path, "folders", cases, class_names(cases), problems=problems)
 
 
-def _splits_prescribed(root: Path, images: list[str]) -> bool:
-    top = {name.split("/", 1)[0] for name in images if "/" in name}
+def _splits_prescribed(root: Path, images: list[ImageFile]) -> bool:
+    top = {image.name.split("/", 1)[0] for image in images if "/" in image.name}
     splits = {folder for folder in top if split_of(folder)}
     if splits and splits != top:
         raise DataError(
@@ -67,12 +75,12 @@ def _splits_prescribed(root: Path, images: list[str]) -> bool:
     return bool(splits)
 
 
-def _case(root: Path, name: str, prescribed: bool) -> Case:
-    parts = name.split("/")
+def _case(image: ImageFile, prescribed: bool) -> Case:
+    parts = image.name.split("/")
     split = split_of(parts[0]) if prescribed and len(parts) > 1 else None
     inside = parts[1:] if split else parts
     labels = (inside[0],) if len(inside) > 1 else ()
-    return Case(name, root / name, labels, labelled=bool(labels), split=split)
+    return Case(image.name, image.image, labels, bool(labels), image.patient, split=split, files=image.files)
 
 
 def _problems(cases: tuple[Case, ...], others: list[str]) -> list[Problem]:

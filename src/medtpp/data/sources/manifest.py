@@ -1,4 +1,4 @@
-"""A CSV manifest: `image,label[,patient][,site][,split]`, one row per image, paths relative to the CSV file."""
+"""A CSV manifest: `image,label[,mask][,patient][,site][,split]`, a row per image, paths relative to the CSV file."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from typing import ClassVar
 
 from medtpp.config import SOURCES, ColumnOptions, DataOptions
 from medtpp.data.case import Case, Dataset, Problem
-from medtpp.data.sources import class_names, first_few, is_excluded, split_of
+from medtpp.data.sources import ImageFile, class_names, first_few, is_excluded, scan_problems, split_of
+from medtpp.data.sources._structures import named_structures
 from medtpp.errors import DataError
 
 NO_FINDING = "none"
@@ -23,8 +24,11 @@ _ADVICE = {
     "doubled-image": "{} rows name an image that an earlier row names. Keep one row per image; several labels go in "
     "one cell (a;b) with --set data.multilabel=true",
     "missing-file": "{} images do not exist. Paths are relative to the manifest",
+    "missing-mask": "{} masks do not exist. Paths are relative to the manifest; an empty cell is for no mask",
+    "no-series": "{} rows name a folder that holds no DICOM series",
+    "several-series": "{} rows name a folder that holds several DICOM series. Name the folder or the file of one",
     "unknown-split": "{} rows have an unknown split. Use train, val or test",
-    "empty-split": "{} labelled rows have no split although others have. Fill in all or none",
+    "empty-split": "{} rows with a label or mask have no split although others have. Fill in all or none",
     "none-with-labels": "{} rows have the label none (no finding) beside others. Keep one or the other",
 }
 
@@ -33,11 +37,12 @@ _ADVICE = {
 class Manifest:
     """A table in UTF-8 with comma, semicolon or tab between its cells, all read as text ("01" stays "01").
 
+    An image is a file of any format, or a folder that holds one DICOM series.
     An empty label is an unlabelled case. With `data.multilabel` a cell holds several labels ("mass;nodule"), and the
     word `none`, or the separator alone, says that the case is labelled and has no finding.
     """
 
-    summary: ClassVar[str] = "a CSV file (or a folder with manifest.csv): image,label[,patient][,site][,split]"
+    summary: ClassVar[str] = "a CSV file (or a folder with manifest.csv): image,label[,mask][,patient][,site][,split]"
 
     @staticmethod
     def recognises(path: Path) -> bool:
@@ -49,18 +54,21 @@ class Manifest:
         """Read all rows; what is wrong in single rows becomes the data set's problems.
 
         Raises:
-            DataError: The file is not text in UTF-8, has no rows, or lacks the image column.
+            DataError: The file is not text in UTF-8, has no rows, or lacks the image column, or `data.structures` has
+                mistakes.
         """
         file = path / "manifest.csv" if path.is_dir() else path
         header, rows = _table(file, options.columns.image)
         columns, problems = _columns(file, header, options.columns)
         faults: dict[str, list[tuple[int, str, str]]] = defaultdict(list)
+        scans: list[ImageFile] = []
         cases: dict[str, tuple[int, Case]] = {}  # by the name of the file as the operating system compares names
         for line, cells in rows:
             if len(cells) != len(header):
                 faults["row-length"].append((line, f"{len(cells)} cells, not {len(header)}", ""))
                 continue
-            case = _case(file.parent, line, {name: cells[at].strip() for name, at in columns.items()}, options, faults)
+            values = {name: cells[at].strip() for name, at in columns.items()}
+            case = _case(file.parent, line, values, options, faults, scans)
             key = os.path.normcase(case.id) if case else ""
             if case and key in cases:
                 faults["doubled-image"].append((line, f"{case.id}, as in line {cases[key][0]}", case.id))
@@ -71,13 +79,16 @@ class Manifest:
             faults["empty-split"] += [
                 (line, case.id, case.id)
                 for line, case in cases.values()
-                if case.labelled and case.split is None and line not in named
+                if (case.labelled or case.mask) and case.split is None and line not in named
             ]
         missing = {case for _, _, case in faults["missing-file"]}
         kept = tuple(sorted((case for _, case in cases.values() if case.id not in missing), key=lambda case: case.id))
         problems += [_fault_problem(file, code, faults[code]) for code in _ADVICE if faults[code]]
-        problems += _separator_problems(kept, options)
-        return Dataset(file.parent, "manifest", kept, class_names(kept), options.multilabel, tuple(problems))
+        problems += [*scan_problems(scans, options.exclude), *_separator_problems(kept, options)]
+        structures = named_structures(options.structures) if "mask" in columns else ()
+        return Dataset(
+            file.parent, "manifest", kept, class_names(kept), options.multilabel, structures, problems=tuple(problems)
+        )
 
 
 def _table(file: Path, image_column: str) -> tuple[list[str], list[tuple[int, list[str]]]]:
@@ -144,7 +155,7 @@ def _columns(file: Path, header: list[str], options: ColumnOptions) -> tuple[dic
         elif name != role:  # a name that the user gave
             text = f"{file.name} has no column {name!r} (data.columns.{role}). {found}."
             problems.append(Problem("error", "missing-column", text))
-        elif role == "label":
+        elif role == "label" and _position(header, options.mask) is None:
             text = (
                 f"{file.name} has no column 'label': all cases are unlabelled. {found}; --set data.columns.label=NAME."
             )
@@ -153,25 +164,52 @@ def _columns(file: Path, header: list[str], options: ColumnOptions) -> tuple[dic
 
 
 def _case(
-    root: Path, line: int, cells: dict[str, str], options: DataOptions, faults: dict[str, list[tuple[int, str, str]]]
+    root: Path,
+    line: int,
+    cells: dict[str, str],
+    options: DataOptions,
+    faults: dict[str, list[tuple[int, str, str]]],
+    scans: list[ImageFile],
 ) -> Case | None:
     """The case of one row, or None when it names no image; faults are noted with line, text and case id."""
     if not cells["image"]:
         faults["no-image"].append((line, "", ""))
         return None
     name = _case_id(root, cells["image"])
-    image = root / name
+    image = ImageFile(name, root / name)
+    mask = root / _case_id(root, cells["mask"]) if cells.get("mask") else None
     # An excluded case is dropped later, so that leaving a missing file out is a way to mend the data set. Path.is_file
     # would raise on a name that is too long.
-    if not os.path.isfile(image) and not is_excluded(name, options.exclude):  # noqa: PTH113
-        faults["missing-file"].append((line, name, name))
+    if not is_excluded(name, options.exclude):
+        if os.path.isdir(image.image):  # noqa: PTH112
+            image = _scan(image, line, faults)
+            scans.append(image)
+        elif not os.path.isfile(image.image):  # noqa: PTH113
+            faults["missing-file"].append((line, name, name))
+        if mask and not os.path.isfile(mask):  # noqa: PTH113
+            faults["missing-mask"].append((line, cells["mask"], name))
     split = split_of(cells.get("split", ""))
     if split is None and cells.get("split"):
         faults["unknown-split"].append((line, repr(cells["split"]), name))
     labels, labelled = _labels(cells.get("label", ""), options)
     if options.multilabel and len(labels) > 1 and NO_FINDING in (label.casefold() for label in labels):
         faults["none-with-labels"].append((line, repr(cells["label"]), name))
-    return Case(name, image, labels, labelled, cells.get("patient") or None, cells.get("site") or None, split)
+    patient, site = cells.get("patient") or image.patient, cells.get("site") or None
+    return Case(name, image.image, labels, labelled, patient, site, split, image.files, mask=mask)
+
+
+def _scan(folder: ImageFile, line: int, faults: dict[str, list[tuple[int, str, str]]]) -> ImageFile:
+    """The DICOM scan that a folder holds; the folder itself where there is none or several."""
+    from medtpp.data.volumes import find_series  # brings pydicom
+
+    found = find_series(folder.image)
+    if len(found) != 1:
+        text = "; ".join(scan.summary() for scan in found[:8])
+        code = "several-series" if found else "no-series"
+        faults[code].append((line, f"{folder.name}{f' ({text})' if text else ''}", folder.name))
+        return folder
+    scan = found[0]
+    return ImageFile(folder.name, scan.image, scan.files if scan.stacked else (), scan)
 
 
 def _case_id(root: Path, cell: str) -> str:

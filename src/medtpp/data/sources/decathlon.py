@@ -1,0 +1,278 @@
+"""Medical Segmentation Decathlon and nnU-Net: `dataset.json` beside `imagesTr`, `labelsTr` and `imagesTs`.
+
+Two schemas share the name. The Decathlon (Antonelli et al., arXiv 2106.05735; nnU-Net 1 as well) lists its files and
+writes labels as `{"1": "liver"}`; nnU-Net 2 (Isensee et al., Nature Methods 2021) gives a `file_ending`, finds files
+by their names and writes `{"liver": 1}` or regions, `{"whole tumour": [1, 2, 3]}`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import posixpath
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, StrictInt, StrictStr, ValidationError
+
+from medtpp.config import SOURCES, DataOptions
+from medtpp.data.case import Case, Dataset, Problem, Structure
+from medtpp.data.sources import IMAGE_SUFFIXES, PLANE_SUFFIXES, first_few, is_excluded, list_images, split_suffix
+from medtpp.data.sources._structures import named_structures, parse_structures
+from medtpp.errors import DataError
+
+_FOLDERS = ("imagesTr", "labelsTr", "imagesTs", "labelsTs")
+_ADVICE = {
+    "missing-file": "{} images do not exist",
+    "missing-mask": "{} masks do not exist",
+    "doubled-image": "{} images are listed more than once. Keep one entry for each",
+    "missing-channel": "{} images lack channels that others have",
+}
+
+
+@SOURCES.register("decathlon")
+class Decathlon:
+    """Training images with masks, and images of `imagesTs`.
+
+    The latter have no masks: they are unlabelled cases, good for TPP, and no test cases. Where there is `labelsTs`
+    (users of nnU-Net often add it), `imagesTs` are the test cases and `imagesTr` the training cases.
+
+    Channels in files of their own (`case_0000.nii.gz`, `case_0001.nii.gz`) make one case. The order in which nnU-Net
+    paints regions (`regions_class_order`) is not needed: regions are predicted one by one.
+    """
+
+    summary: ClassVar[str] = "Medical Segmentation Decathlon or nnU-Net: dataset.json, imagesTr, labelsTr, imagesTs"
+
+    @staticmethod
+    def recognises(path: Path) -> bool:
+        """A dataset.json, or the folder that holds it."""
+        return (path.name == "dataset.json" and path.is_file()) or (path / "dataset.json").is_file()
+
+    @staticmethod
+    def read(path: Path, options: DataOptions) -> Dataset:
+        """Read dataset.json and the names of all files.
+
+        Raises:
+            DataError: dataset.json is not JSON, lacks fields or has wrong ones, or no training image is found.
+        """
+        file = path / "dataset.json" if path.is_dir() else path
+        root = file.parent
+        content = _read_json(file)
+        structures = named_structures(options.structures) or _structures(file, content)
+        present = _files(root)
+        entries = _by_name(file, content.file_ending, present) if content.file_ending else _listed(content, present)
+        faults: dict[str, list[tuple[str, str]]] = defaultdict(list)
+        cases = _cases(root, entries, options.exclude, faults)
+        problems = [_fault_problem(code, faults[code]) for code in _ADVICE if faults[code]]
+        problems += _problems(content, entries, structures)
+        used = {name for entry in entries for name in (*entry.images.values(), entry.mask)}
+        unlisted = [name for name in present if name not in used]
+        if unlisted:
+            text = f"{len(unlisted)} files belong to no case of dataset.json: {first_few(unlisted)}: ignored."
+            problems.append(Problem("warning", "unlisted-file", text))
+        return Dataset(root, "decathlon", cases, structures=structures, problems=tuple(problems))
+
+
+class _Pair(BaseModel):
+    image: str
+    label: str
+
+
+class _Content(BaseModel):
+    """What is read of dataset.json; its other fields are for other programs."""
+
+    labels: dict[str, StrictInt | StrictStr | list[StrictInt]]
+    training: list[_Pair] = []
+    test: list[str] = []
+    file_ending: str | None = None
+    channel_names: dict[str, Any] = {}
+    numTraining: int | None = None  # noqa: N815  (the field's own name)
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A case as the names say it, paths relative to the root.
+
+    Attributes:
+        images: The file of each channel by its number, in order.
+        mask: Its mask, if it has one.
+        training: Whether it is one of the training images.
+    """
+
+    images: Mapping[int, str]
+    mask: str | None
+    training: bool
+
+    @property
+    def id(self) -> str:
+        return next(iter(self.images.values()))
+
+
+def _read_json(file: Path) -> _Content:
+    """The content of dataset.json, of either schema, or DataError with all that is wrong in it."""
+    doubled: list[str] = []
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        doubled.extend(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        return dict(pairs)
+
+    try:
+        content = _Content.model_validate(
+            json.loads(file.read_bytes().decode("utf-8-sig"), object_pairs_hook=unique), strict=True
+        )
+    except OSError as error:
+        raise DataError(f"Cannot read {file}: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file} is not text in UTF-8. Save it as UTF-8.") from error
+    except json.JSONDecodeError as error:
+        raise DataError(f"{file} is not valid JSON: line {error.lineno}, {error.msg}.") from error
+    except ValidationError as error:
+        raise DataError(
+            f"{file} does not describe a data set as the Decathlon or nnU-Net do. If it is about something else, "
+            "choose the layout, such as --set data.layout=folders.",
+            dict.fromkeys(map(_mistake, error.errors())),
+        ) from error
+    wrong = [f"{key!r} is there more than once" for key in dict.fromkeys(doubled)]
+    if not content.training and not content.file_ending:
+        wrong.append("training (a list of images and labels) or file_ending (such as .nii.gz) is missing")
+    if content.file_ending and content.file_ending.lower() not in IMAGE_SUFFIXES:
+        known = " ".join(sorted(IMAGE_SUFFIXES))
+        wrong.append(f"file_ending: {content.file_ending!r} is no format that is read; known: {known}")
+    if wrong:
+        raise DataError(f"{file} cannot be used as it is:", wrong)
+    return content
+
+
+def _mistake(error: Any) -> str:
+    place = error["loc"]
+    if place[:1] == ("labels",) and len(place) > 1:  # of a union pydantic says what each of its members wants
+        return f"labels.{place[1]}: should be a name, a whole number or a list of whole numbers"
+    where = ".".join(map(str, place)) or "the file"
+    wants = "should be a JSON object" if not place else error["msg"][0].lower() + error["msg"][1:]
+    return f"{where}: {'is missing' if error['type'] == 'missing' else wants}"
+
+
+def _structures(file: Path, content: _Content) -> tuple[Structure, ...]:
+    if any("ignore" in (name, value) for name, value in content.labels.items()):
+        raise DataError(
+            f"{file}: the label 'ignore' marks voxels that nobody annotated, and masks must be whole here. Give these "
+            "voxels another value in the masks, and take the label out of dataset.json."
+        )
+    return parse_structures(content.labels, f"{file} (labels)")
+
+
+def _files(root: Path) -> list[str]:
+    """Files of the four folders, relative to the root, sorted; hidden ones (`._case.nii.gz`) left out."""
+    folders = [folder for folder in _FOLDERS if (root / folder).is_dir()]
+    return sorted(f"{folder}/{name}" for folder in folders for names in list_images(root / folder) for name in names)
+
+
+def _listed(content: _Content, present: Iterable[str]) -> list[_Entry]:
+    """The Decathlon's entries. nnU-Net 1 lists `case.nii.gz` where `case_0000.nii.gz` and so on are."""
+    exact = set(present)
+    channels: dict[str, dict[int, str]] = defaultdict(dict)
+    for name in present:
+        stem, suffix = split_suffix(name)
+        if match := re.fullmatch(r"(.+)_(\d{4})", stem):
+            channels[match[1] + suffix][int(match[2])] = name
+
+    def entry(image: str, mask: str | None, *, training: bool) -> _Entry:
+        images = channels[image] if image not in exact and image in channels else {0: image}
+        return _Entry(images, mask, training)
+
+    def test_mask(image: str) -> str | None:
+        mask = f"labelsTs/{posixpath.basename(image)}"
+        return mask if mask in exact else None
+
+    training = [entry(_path(pair.image), _path(pair.label), training=True) for pair in content.training]
+    return training + [entry(image, test_mask(image), training=False) for image in map(_path, content.test)]
+
+
+def _path(name: str) -> str:
+    return posixpath.normpath(name.replace("\\", "/"))
+
+
+def _by_name(file: Path, ending: str, present: Sequence[str]) -> list[_Entry]:
+    """nnU-Net's entries: `imagesTr/CASE_0000.nii.gz` with `labelsTr/CASE.nii.gz`, and the same in Ts."""
+    channels: dict[tuple[str, str], dict[int, str]] = defaultdict(dict)
+    for name in present:
+        if match := re.fullmatch(rf"images(Tr|Ts)/(.+)_(\d{{4}}){re.escape(ending)}", name):
+            channels[match[1], match[2]][int(match[3])] = name
+    if not any(part == "Tr" for part, _ in channels):
+        found = first_few((name for name in present if name.startswith("imagesTr/")), 3) or "nothing"
+        raise DataError(
+            f"{file.parent}: no file is called imagesTr/CASE_0000{ending}, as nnU-Net has it and file_ending in "
+            f"dataset.json says. Found: {found}."
+        )
+    exact = set(present)
+    masks = {key: f"labels{key[0]}/{key[1]}{ending}" for key in channels}
+    return [
+        _Entry(images, masks[key] if masks[key] in exact else None, training=key[0] == "Tr")
+        for key, images in channels.items()
+    ]
+
+
+def _cases(
+    root: Path, entries: Sequence[_Entry], exclude: Sequence[str], faults: dict[str, list[tuple[str, str]]]
+) -> tuple[Case, ...]:
+    """Cases of all that exist, sorted; faults are noted by code, with the name of a file and the case id."""
+    tested = any(entry.mask for entry in entries if not entry.training)
+    channels = {number for entry in entries for number in entry.images}
+    cases: dict[str, Case] = {}
+    for entry in entries:
+        name, mask = entry.id, entry.mask
+        found = {file for file in (*entry.images.values(), mask) if file and os.path.isfile(root / file)}  # noqa: PTH113
+        if name in cases:
+            faults["doubled-image"].append((name, name))
+            continue
+        if not is_excluded(name, exclude):  # an excluded case is dropped later, which is a way to mend the data set
+            if name not in found:
+                faults["missing-file"].append((name, name))
+                continue
+            if mask and mask not in found:
+                faults["missing-mask"].append((mask, name))
+            if entry.images.keys() != channels:
+                faults["missing-channel"].append((name, name))
+        cases[name] = Case(
+            name,
+            root / name,
+            split=("train" if entry.training else "test") if tested else None,
+            channels=tuple(root / file for file in entry.images.values() if file != name),
+            mask=root / mask if mask else None,
+        )
+    return tuple(cases[name] for name in sorted(cases))
+
+
+def _fault_problem(code: str, faults: Sequence[tuple[str, str]]) -> Problem:
+    text = f"dataset.json: {_ADVICE[code].format(len(faults))} ({first_few(name for name, _ in faults)})."
+    return Problem("error", code, text, tuple(case for _, case in faults))
+
+
+def _problems(content: _Content, entries: Sequence[_Entry], structures: Sequence[Structure]) -> list[Problem]:
+    """Where dataset.json and the files differ, and labels that look like a slip."""
+    problems = []
+    training = [entry for entry in entries if entry.training]
+    bare = tuple(entry.id for entry in training if entry.mask is None)
+    if bare:
+        text = f"{len(bare)} of {len(training)} images in imagesTr have no mask and count as unlabelled: "
+        problems.append(Problem("warning", "image-without-mask", f"{text}{first_few(bare)}.", bare))
+    annotated = len(training) - len(bare)
+    if content.numTraining is not None and content.numTraining != annotated:
+        text = f"dataset.json says {content.numTraining} training cases (numTraining), {annotated} are there."
+        problems.append(Problem("warning", "training-count", text))
+    channels, named = len({number for entry in entries for number in entry.images}), len(content.channel_names)
+    # nnU-Net keeps the three channels of a colour photograph in one file.
+    colour = channels == 1 and named == 3 and (content.file_ending or "").lower() in PLANE_SUFFIXES
+    if content.file_ending and named not in (0, channels) and not colour:
+        text = f"dataset.json names {named} channels (channel_names), the files have {channels}."
+        problems.append(Problem("error", "channel-count", text))
+    values = {value for structure in structures for value in structure.values}
+    skipped = sorted(set(range(1, max(values) + 1)) - values)
+    if skipped:
+        text = f"The values of structures are not consecutive: nothing is named for {first_few(skipped)}."
+        problems.append(Problem("warning", "values-not-consecutive", text))
+    return problems

@@ -1,0 +1,198 @@
+"""Volumes and DICOM as cases: class folders, manifests, image and mask folders, and unlabelled pools of them."""
+
+import os
+
+import numpy as np
+import pydicom
+import pytest
+from pydicom.dataset import FileDataset, FileMetaDataset
+from pydicom.fileset import FileSet
+from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
+
+from medtpp.config import DataOptions
+from medtpp.data.read import read_dataset
+from medtpp.data.sources import find_images, list_images, split_suffix
+from medtpp.errors import DataError
+
+SECRET = "Mustermann"
+
+
+def touch(root, *names):
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(b"")
+    return root
+
+
+def write_slice(path, series, position, patient="p", modality="CT"):
+    """One slice of 4 x 4 pixels at a height in mm."""
+    meta = FileMetaDataset()
+    meta.MediaStorageSOPClassUID = CTImageStorage
+    meta.MediaStorageSOPInstanceUID = generate_uid()
+    meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    dataset = FileDataset(str(path), {}, file_meta=meta, preamble=b"\0" * 128)
+    dataset.SOPClassUID, dataset.SOPInstanceUID = meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID
+    dataset.SeriesInstanceUID, dataset.Modality = series, modality
+    dataset.PatientName, dataset.PatientID, dataset.SeriesDescription = SECRET, f"{SECRET}-{patient}", SECRET
+    dataset.Rows = dataset.Columns = 4
+    dataset.PixelSpacing = [1, 1]
+    dataset.ImageOrientationPatient = [1, 0, 0, 0, 1, 0]
+    dataset.ImagePositionPatient = [0, 0, position]
+    dataset.BitsAllocated = dataset.BitsStored = 16
+    dataset.HighBit, dataset.PixelRepresentation, dataset.SamplesPerPixel = 15, 0, 1
+    dataset.PhotometricInterpretation = "MONOCHROME2"
+    dataset.PixelData = np.zeros((4, 4), np.uint16).tobytes()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pydicom.dcmwrite(path, dataset, enforce_file_format=True)
+
+
+def write_series(folder, positions=(0, 2, 4), patient="p", start=0, ending=".dcm"):
+    """Slices named in another order than they lie in space."""
+    series = generate_uid()
+    for number, position in enumerate(reversed(positions), start):
+        write_slice(folder / f"IM{number}{ending}", series, position, patient)
+
+
+def read(path, **options):
+    return read_dataset(DataOptions(path=path, **options))
+
+
+def problems(dataset):
+    return {problem.code: problem for problem in dataset.problems}
+
+
+# Volumes of one file
+
+
+def test_suffixes():
+    assert split_suffix("a/b.1.NII.GZ") == ("a/b.1", ".nii.gz")
+    assert split_suffix("a.d/b.Mha") == ("a.d/b", ".mha")
+    assert split_suffix("a.gz") == ("a", ".gz")
+    assert split_suffix("a.d/b") == ("a.d/b", "")
+
+
+def test_class_folders_of_volumes(tmp_path):
+    touch(
+        tmp_path, "train/a/1.nii.gz", "train/b/2.NRRD", "test/a/3.mhd", "test/a/3.raw", "test/b/4.nii", "test/b/x.raw"
+    )
+    dataset = read(tmp_path)
+    assert {case.id: (case.split, case.labels) for case in dataset.cases} == {
+        "train/a/1.nii.gz": ("train", ("a",)),
+        "train/b/2.NRRD": ("train", ("b",)),
+        "test/a/3.mhd": ("test", ("a",)),
+        "test/b/4.nii": ("test", ("b",)),
+    }
+    assert "1 file is not images, for example test/b/x.raw" in problems(dataset)["not-an-image"].message
+    assert list_images(tmp_path)[0] == sorted(case.id for case in dataset.cases)
+
+
+# DICOM
+
+
+def test_class_folders_of_scans(tmp_path):
+    write_series(tmp_path / "benign" / "p1" / "ct", patient="1")
+    write_series(tmp_path / "benign" / "p2", patient="2", ending="")
+    write_series(tmp_path / "malignant" / "p3", patient="1")
+    write_slice(tmp_path / "malignant" / "film.dcm", generate_uid(), 0, modality="CR")
+    FileSet().write(tmp_path / "malignant")  # a DICOMDIR
+    touch(tmp_path, "malignant/p4.nii.gz", "malignant/notes.txt")
+    dataset = read(tmp_path)
+    cases = {case.id: case for case in dataset.cases}
+    assert {name: case.labels for name, case in cases.items()} == {
+        "benign/p1/ct": ("benign",),
+        "benign/p2": ("benign",),
+        "malignant/film.dcm": ("malignant",),
+        "malignant/p3": ("malignant",),
+        "malignant/p4.nii.gz": ("malignant",),
+    }
+    assert [file.name for file in cases["benign/p1/ct"].files] == ["IM2.dcm", "IM1.dcm", "IM0.dcm"]
+    assert cases["benign/p1/ct"].image == cases["benign/p1/ct"].files[0]
+    assert len(cases["benign/p2"].files) == 3
+    assert cases["malignant/film.dcm"].files == ()
+    assert cases["benign/p1/ct"].patient == cases["malignant/p3"].patient != cases["benign/p2"].patient
+    assert cases["malignant/p4.nii.gz"].patient is None
+    assert problems(dataset)["not-an-image"].message.startswith("1 file is not images, for example malignant/notes.txt")
+    assert SECRET not in repr(dataset)
+
+
+def test_scans_that_lie_in_one_folder_are_numbered_and_told(tmp_path):
+    write_series(tmp_path / "a" / "p1")
+    write_series(tmp_path / "a" / "p1", positions=(0, 3), start=5)
+    write_series(tmp_path / "b" / "p2")
+    dataset = read(tmp_path)
+    assert [(case.id, len(case.files)) for case in dataset.cases] == [("a/p1#1", 3), ("a/p1#2", 2), ("b/p2", 3)]
+    found = problems(dataset)["several-series"]
+    assert found.severity == "warning"
+    assert "a/p1#1 (CT, 3 slices of 4 x 4) and a/p1#2 (CT, 2 slices of 4 x 4)" in found.message
+    assert found.cases == ("a/p1#1", "a/p1#2")
+    assert SECRET not in found.message
+    assert "several-series" not in problems(read(tmp_path, exclude=["a/p1#2"]))
+
+
+def test_what_is_wrong_with_scans_is_told_with_their_cases(tmp_path):
+    write_series(tmp_path / "a" / "p1", positions=(0, 2, 4, 8))
+    write_series(tmp_path / "b" / "p2")
+    touch(tmp_path, "b/empty.dcm")
+    dataset = read(tmp_path)
+    errors = [problem for problem in dataset.problems if problem.severity == "error"]
+    assert {problem.cases for problem in errors} == {("a/p1",), ("b/empty.dcm",)}
+    assert all(problem.message.startswith("DICOM: ") and problem.cases[0] in problem.message for problem in errors)
+    assert SECRET not in repr(errors)
+    assert read(tmp_path, exclude=["a/p1", "b/empty.dcm"]).problems == ()
+
+
+def test_slices_at_the_top_are_one_unlabelled_case(tmp_path):
+    write_series(tmp_path / "scan")
+    (case,) = read(tmp_path / "scan").cases
+    assert (case.id, case.labelled, len(case.files)) == ("scan", False, 3)
+
+
+def test_scans_and_their_masks(tmp_path):
+    write_series(tmp_path / "images" / "p1.2", patient="1")
+    write_series(tmp_path / "images" / "p3" / "ct", positions=(0, 1, 5), patient="3")
+    touch(tmp_path, "masks/p1.2_seg.nii.gz", "masks/p3/ct.nrrd")
+    dataset = read(tmp_path)
+    assert {case.id: case.mask.name for case in dataset.cases} == {
+        "images/p1.2": "p1.2_seg.nii.gz",
+        "images/p3/ct": "ct.nrrd",
+    }
+    assert all(case.patient and len(case.files) == 3 for case in dataset.cases)
+    assert [problem.cases for problem in dataset.problems] == [("images/p3/ct",)]
+    assert read(tmp_path, exclude=["images/p3/ct"]).problems == ()
+
+
+def test_scans_in_a_manifest(tmp_path):
+    write_series(tmp_path / "p1", patient="1")
+    write_series(tmp_path / "p2")
+    write_series(tmp_path / "p2", positions=(0, 3), start=5)
+    write_series(tmp_path / "p4", positions=(0, 1, 5))
+    touch(tmp_path, "p3/readme.txt")
+    text = "image,label,patient\np1,x,\np1/IM0.dcm,y,me\np2,x,\np3/,y,\np4,y,\n"
+    (tmp_path / "manifest.csv").write_text(text)
+    dataset = read(tmp_path)
+    cases = {case.id: case for case in dataset.cases}
+    assert [file.name for file in cases["p1"].files] == ["IM2.dcm", "IM1.dcm", "IM0.dcm"]
+    assert cases["p1"].patient
+    assert (cases["p1/IM0.dcm"].files, cases["p1/IM0.dcm"].patient) == ((), "me")
+    found = problems(dataset)
+    assert "line 4: p2 (CT, 3 slices of 4 x 4; CT, 2 slices of 4 x 4)" in found["several-series"].message
+    assert "line 5: p3" in found["no-series"].message
+    assert [problem.code for problem in dataset.problems if problem.cases == ("p4",)]
+    assert SECRET not in repr(dataset)
+    assert read(tmp_path, exclude=["p2", "p3", "p4"]).problems == ()
+
+
+def test_folders_without_dicom_are_not_searched_for_it(tmp_path, monkeypatch):
+    touch(tmp_path, "a/1.png", "a/notes", "a/table.csv")
+    monkeypatch.setitem(__import__("sys").modules, "medtpp.data.volumes", None)  # importing it would fail
+    images, others = find_images(tmp_path)
+    assert ([image.name for image in images], others) == (["a/1.png"], ["a/notes", "a/table.csv"])
+
+
+@pytest.mark.skipif(os.name == "nt" or not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root reads everything")
+def test_folders_that_cannot_be_opened(tmp_path):
+    touch(tmp_path, "images/1.png", "masks/1.png")
+    (tmp_path / "masks").chmod(0)
+    with pytest.raises(DataError, match="permissions"):
+        read(tmp_path)
+    (tmp_path / "masks").chmod(0o700)
