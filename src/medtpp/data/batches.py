@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from time import perf_counter
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -17,17 +19,15 @@ from torch import Tensor
 from medtpp.errors import ConfigError
 from medtpp.seeds import Draws, Seeds
 
-AHEAD = 2  # batches read in the background
-
 
 @dataclass(frozen=True)
 class Batch:
     """What one step sees.
 
     Attributes:
-        images: (B, C, S, S) uint8.
+        images: (B, C, *spatial) uint8, or float16 in [0, 1].
         targets: (B, ...), where there are targets.
-        rows: (B,) int64, the rows of the image cache.
+        rows: (B,) int64, the rows of the store.
         draws: Random numbers for these cases at this visit.
     """
 
@@ -49,7 +49,7 @@ class Batch:
         )
 
 
-class BatchStream:
+class CaseStream(ABC):
     """An endless stream of batches of one size.
 
     Epoch e visits all cases in the order `seeds.numpy("order", e)`. The epochs, one after another, are cut into
@@ -57,8 +57,7 @@ class BatchStream:
     own. Nothing is remembered between batches: a resumed run asks for its step and gets the same bits.
 
     Args:
-        images: (N, C, S, S) uint8, such as `ImageCache.images`.
-        rows: (n,) int64, the row of each case in `images`.
+        rows: (n,) int64, the row of each case in the store.
         keys: (n,) int64, `name_key` of each case id.
         targets: (n, ...), the target of each case, or None.
         batch_size: Cases per step over all processes.
@@ -70,13 +69,19 @@ class BatchStream:
     Attributes:
         waited: Seconds that `iterate` spent waiting for data.
 
+    Class attributes:
+        readers: Threads that read ahead.
+        ahead: Batches that they read ahead.
+
     Raises:
-        ConfigError: The batch size is not a multiple of the number of processes.
+        ConfigError: The batch size is not a multiple of the number of processes, or there are no cases.
     """
+
+    readers: ClassVar[int]
+    ahead: ClassVar[int]
 
     def __init__(
         self,
-        images: NDArray[np.uint8],
         rows: NDArray[np.int64],
         keys: NDArray[np.int64],
         targets: Tensor | None,
@@ -92,7 +97,6 @@ class BatchStream:
             raise ConfigError("There are no cases to make batches of.")
         if len(keys) != len(rows) or (targets is not None and len(targets) != len(rows)):
             raise ValueError("rows, keys and targets differ in length")
-        self.images = images
         self.rows = rows
         self.keys = keys
         self.targets = targets
@@ -104,28 +108,33 @@ class BatchStream:
         self.waited = 0.0
         self._orders: dict[int, NDArray[np.int64]] = {}
 
+    @abstractmethod
+    def read(self, rows: NDArray[np.int64], draws: Draws) -> tuple[Tensor, Tensor | None]:
+        """Images (B, C, *spatial) of some rows, and where they are targets, masks (B, *spatial)."""
+
     def batch(self, step: int) -> Batch:
         """This process's share of a step, counted from 0: (batch_size / world) cases."""
         positions = np.arange(step * self.batch_size + self.rank, (step + 1) * self.batch_size, self.world)
         epochs, places = np.divmod(positions, len(self.rows))
         cases = self._cases(epochs, places)
+        draws = self.seeds.draws(torch.from_numpy(epochs), torch.from_numpy(self.keys[cases]))
         rows = self.rows[cases]
-        images = torch.from_numpy(self.images[rows])
-        targets = None if self.targets is None else self.targets[torch.from_numpy(cases)]
+        images, targets = self.read(rows, draws)
+        if self.targets is not None:
+            targets = self.targets[torch.from_numpy(cases)]
         if self.pin:
             images = images.pin_memory()
             targets = None if targets is None else targets.pin_memory()
-        draws = self.seeds.draws(torch.from_numpy(epochs), torch.from_numpy(self.keys[cases]))
         return Batch(images, targets, torch.from_numpy(rows), draws)
 
     def iterate(self, start: int, stop: int) -> Iterator[Batch]:
-        """Batches of the steps start .. stop - 1, read ahead by a thread that ends with the iterator.
+        """Batches of the steps start .. stop - 1, read ahead by threads that end with the iterator.
 
-        An exception of the thread is raised here.
+        An exception of a thread is raised here.
         """
         steps = iter(range(start, stop))
-        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="medtpp-batches") as pool:
-            ahead = deque(pool.submit(self.batch, step) for step in islice(steps, AHEAD))
+        with ThreadPoolExecutor(max_workers=self.readers, thread_name_prefix="medtpp-batches") as pool:
+            ahead = deque(pool.submit(self.batch, step) for step in islice(steps, self.ahead))
             try:
                 while ahead:
                     began = perf_counter()
@@ -149,3 +158,24 @@ class BatchStream:
 
     def _order(self, epoch: int) -> NDArray[np.int64]:
         return self.seeds.numpy("order", epoch).permutation(len(self.rows))
+
+
+class BatchStream(CaseStream):
+    """Whole images of one size, from an array.
+
+    Args:
+        images: (N, C, S, S) uint8, such as `ImageCache.images`.
+        rows: (n,) int64, the row of each case in `images`.
+        others: See `CaseStream`.
+    """
+
+    readers = 1
+    ahead = 2
+
+    def __init__(self, images: NDArray[np.uint8], rows: NDArray[np.int64], *others: Any, **more: Any) -> None:
+        super().__init__(rows, *others, **more)
+        self.images = images
+
+    def read(self, rows: NDArray[np.int64], draws: Draws) -> tuple[Tensor, None]:  # noqa: ARG002
+        """See `CaseStream.read`."""
+        return torch.from_numpy(self.images[rows]), None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from medtpp.config import Options
-from medtpp.data.case import Case, ImageRecord
+from medtpp.data.case import Case, Record
 from medtpp.files import digest
 
 
@@ -19,7 +19,7 @@ class Fingerprints(Options):
     patients: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, cases: Iterable[Case], records: Mapping[str, ImageRecord]) -> Fingerprints:
+    def of(cls, cases: Iterable[Case], records: Mapping[str, Record]) -> Fingerprints:
         """Fingerprints of cases whose images were decoded."""
         cases = list(cases)
         images = {records[case.id].fingerprint for case in cases}
@@ -33,7 +33,7 @@ class Fingerprints(Options):
             patients=tuple(sorted({*self.patients, *other.patients})),
         )
 
-    def overlap(self, cases: Sequence[Case], records: Mapping[str, ImageRecord]) -> list[str]:
+    def overlap(self, cases: Sequence[Case], records: Mapping[str, Record]) -> list[str]:
         """Ids of the cases whose pixels or patient are among these."""
         images, patients = set(self.images), set(self.patients)
         return [

@@ -26,6 +26,11 @@ class Preprocessing(Options):
     fit: Literal["stretch", "pad"] = Field("stretch", description="how an image is made square")
     version: Literal[1] = Field(1, description="changes with the arithmetic, so that old caches are not taken for new")
 
+    @property
+    def patch(self) -> tuple[int, ...]:
+        """What the network sees at once, (H, W): the whole image."""
+        return self.image_size, self.image_size
+
     def apply(self, pixels: Pixels) -> NDArray[np.uint8]:
         """Prepare one image; the same pixels always give the same bytes.
 

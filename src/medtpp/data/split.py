@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from medtpp.data.case import SPLITS, Case, Dataset, ImageRecord, Problem
+from medtpp.data.case import SPLITS, Case, Dataset, Problem, Record
 from medtpp.data.check import absent_classes
 from medtpp.data.sources import first_few
 from medtpp.errors import DataError
@@ -22,7 +22,7 @@ Group = list[Case]
 
 
 def make_split(
-    dataset: Dataset, records: Mapping[str, ImageRecord], *, seeds: Seeds, val_fraction: float, test_fraction: float
+    dataset: Dataset, records: Mapping[str, Record], *, seeds: Seeds, val_fraction: float, test_fraction: float
 ) -> dict[str, str]:
     """Assign each labelled case to train, val or test.
 
@@ -65,7 +65,7 @@ def split_problems(dataset: Dataset, split: Mapping[str, str]) -> list[Problem]:
     return absent_classes(dataset.classes, _by_split(dataset, split))
 
 
-def groups(cases: Iterable[Case], records: Mapping[str, ImageRecord]) -> list[Group]:
+def groups(cases: Iterable[Case], records: Mapping[str, Record]) -> list[Group]:
     """Cases that share a patient or their pixels, directly or by way of others (union-find)."""
     cases = list(cases)
     parent = list(range(len(cases)))
@@ -87,7 +87,7 @@ def groups(cases: Iterable[Case], records: Mapping[str, ImageRecord]) -> list[Gr
 
 
 def tpp_cases(
-    dataset: Dataset, records: Mapping[str, ImageRecord], split: Mapping[str, str], unlabelled: Sequence[Case] = ()
+    dataset: Dataset, records: Mapping[str, Record], split: Mapping[str, str], unlabelled: Sequence[Case] = ()
 ) -> tuple[list[Case], list[str]]:
     """The cases that TPP may see: training cases, and unlabelled ones that leak nothing.
 
@@ -127,11 +127,11 @@ def draw_labels(dataset: Dataset, split: Mapping[str, str], n: int, seeds: Seeds
         DataError: n is larger than the training and validation cases, or smaller than twice the number of classes.
     """
     available = sorted((case for case in dataset.cases if split.get(case.id) in ("train", "val")), key=lambda c: c.id)
-    least = 2 * len(dataset.classes)
+    least = 2 * max(1, len(dataset.classes))
     if not least <= n <= len(available):
         raise DataError(
             f"data.labels={n} is not possible: there are {len(available)} labelled cases for training and validation, "
-            f"and at least {least} are needed for one of each of the {len(dataset.classes)} classes in both."
+            f"and at least {least} are needed for one of each class in both."
         )
     strata: dict[tuple[str, str], list[Case]] = defaultdict(list)
     for case in available:
@@ -191,7 +191,7 @@ def read_split(path: Path, dataset: Dataset) -> dict[str, str]:
     return dict(zip(table.case, table.split, strict=True))
 
 
-def _ties(case: Case, records: Mapping[str, ImageRecord]) -> list[tuple[str, str]]:
+def _ties(case: Case, records: Mapping[str, Record]) -> list[tuple[str, str]]:
     """What binds a case to others: its patient and its pixels."""
     ties = [("patient", case.patient)] if case.patient else []
     record = records.get(case.id)
@@ -250,8 +250,16 @@ def _assign(found: list[Group], shares: dict[str, float], rng: np.random.Generat
 
 
 def _require_classes(
-    dataset: Dataset, labelled: Sequence[Case], records: Mapping[str, ImageRecord], split: Mapping[str, str]
+    dataset: Dataset, labelled: Sequence[Case], records: Mapping[str, Record], split: Mapping[str, str]
 ) -> None:
+    if not dataset.classes:  # masks
+        empty = [name for name, cases in _by_split(dataset, split).items() if not cases]
+        if empty:
+            raise DataError(
+                f"No sensible split of {len(labelled)} cases with masks: {' and '.join(empty)} would have none. Three "
+                "or more are needed, of different patients and not copies of one another."
+            )
+        return
     wanted = 1 if dataset.multilabel else 2
     held = {
         name: {label for case in cases for label in case.labels} for name, cases in _by_split(dataset, split).items()

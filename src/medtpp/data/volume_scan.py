@@ -1,0 +1,182 @@
+"""Every case of a data set read once: what preparing, splitting and checking need to know of it."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from medtpp.config import Modality
+from medtpp.data.cache import Progress, parallel
+from medtpp.data.case import Case, Structure
+from medtpp.data.geometry import Geometry, Volume
+from medtpp.data.restore import axes_to_ras
+from medtpp.data.volume_preprocess import content_box, label_mask
+from medtpp.errors import DataError
+from medtpp.files import digest
+from medtpp.seeds import Seeds
+
+AIR = -500.0  # HU: halfway between air and water, as usual for the outline of the body
+SAMPLES = 10_000  # voxels per case that percentiles over the data set are made of; nnU-Net's
+WORKERS = 4  # volumes in memory at a time; SimpleITK itself uses all cores
+MOST_VALUES = 64  # in a mask; more are grey levels
+
+Units = Literal["HU", "levels", "none"]
+
+
+@dataclass(frozen=True)
+class Reader:
+    """How files become arrays.
+
+    Attributes:
+        volume: Reads a case's image; raises DataError.
+        mask: Reads a mask on a known grid, its values as they are in the file; raises DataError.
+        fingerprint: 32 hexadecimal digits, equal for equal images.
+    """
+
+    volume: Callable[[Case], Volume]
+    mask: Callable[[Path, Geometry], NDArray[Any]]
+    fingerprint: Callable[[Volume], str]
+
+
+@dataclass(frozen=True)
+class VolumeScan:
+    """What reading one case told; axes are in RAS order, as preprocessing turns them.
+
+    Attributes:
+        case: The id of the case.
+        fingerprint: Of the image as it was read, 32 hexadecimal digits; empty on error.
+        shape: In voxels.
+        spacing: In mm (steps of the file where it tells no spacing).
+        known: Whether the file tells its spacing.
+        units: Of the values; of CT in other files than DICOM by the data set's modality.
+        channels: How many.
+        content: Shape of the box of what is brighter than air.
+        values: The values in the mask, 0 included; None without a mask.
+        mask_fingerprint: Of the mask as it was read, 32 hexadecimal digits; empty without one.
+        labelled: Whether the mask shows any structure.
+        outside: Whether structures lie outside that box.
+        samples: (C, n) voxels drawn at random, of the structures where there are any.
+        error: Why the case cannot be used, or None.
+    """
+
+    case: str
+    fingerprint: str = ""
+    shape: tuple[int, ...] = ()
+    spacing: tuple[float, ...] = ()
+    known: bool = False
+    units: Units = "none"
+    channels: int = 0
+    content: tuple[int, ...] = ()
+    values: tuple[int, ...] | None = None
+    mask_fingerprint: str = ""
+    labelled: bool = False
+    outside: bool = False
+    samples: NDArray[np.float32] = field(default_factory=lambda: np.empty((0, 0), np.float32), repr=False)
+    error: str | None = None
+
+
+def scan_volumes(
+    cases: Sequence[Case],
+    structures: Sequence[Structure] | None,
+    modality: Modality,
+    reader: Reader,
+    workers: int = WORKERS,
+    progress: Progress | None = None,
+) -> dict[str, VolumeScan]:
+    """Read all cases once; in memory are one volume per worker and 10,000 voxels per case.
+
+    Args:
+        cases: With masks or without.
+        structures: What masks show; () if nobody has named it, so that all values but 0 are structures; None leaves the
+            masks alone.
+        modality: "ct": files that tell no units, such as NIfTI, hold HU.
+        reader: Reads images and masks.
+        workers: Threads.
+        progress: Called with the numbers of cases done and in all.
+
+    Returns:
+        What each told, by case id; cases that cannot be used say why.
+    """
+
+    def examine(case: Case) -> VolumeScan:
+        try:
+            return _examine(case, structures, modality, reader)
+        except DataError as error:
+            return VolumeScan(case.id, error=str(error))
+
+    found = {}
+    with closing(parallel(examine, cases, workers)) as results:
+        for done, scan in enumerate(results, start=1):
+            found[scan.case] = scan
+            if progress:
+                progress(done, len(cases))
+    return found
+
+
+def structures_in(scans: Iterable[VolumeScan]) -> tuple[Structure, ...]:
+    """A structure for each value in some masks, where nobody has named them: by its number, or "foreground" for one.
+
+    None where there are too many values for labels: `check` tells that they are grey levels.
+    """
+    values = sorted({value for scan in scans for value in scan.values or ()} - {0})
+    if len(values) > MOST_VALUES:
+        return ()
+    if len(values) == 1:
+        return (Structure("foreground", (values[0],)),)
+    return tuple(Structure(str(value), (value,)) for value in values)
+
+
+def _labels(path: Path, mask: NDArray[Any], structures: Sequence[Structure]) -> NDArray[Any]:
+    """Where the structures are; anything but 0 where nobody has named them."""
+    try:
+        return label_mask(mask, structures) if structures else mask != 0
+    except DataError as error:
+        raise DataError(f"{path}: {error.message}") from error
+
+
+def _examine(case: Case, structures: Sequence[Structure] | None, modality: Modality, reader: Reader) -> VolumeScan:
+    volume = reader.volume(case)
+    geometry = volume.geometry
+    units = volume.units
+    if units == "levels" and geometry.dims == 3 and geometry.known:
+        units = "none"  # a scan whose values happen to fit into 8 bits
+    if units == "none" and modality == "ct":
+        units = "HU"
+    order, _ = axes_to_ras(geometry)
+    box = content_box(volume.array, AIR if units == "HU" else None, (0.0,) * geometry.dims)
+    values, foreground, outside, mask_fingerprint = None, np.arange(0), False, ""
+    if case.mask is not None and structures is not None:
+        mask = reader.mask(case.mask, geometry)
+        labels = _labels(case.mask, mask, structures)
+        foreground = np.flatnonzero(labels)
+        values = tuple(np.unique(mask).tolist())
+        mask_fingerprint = digest(str(mask.shape), hashlib.sha256(np.ascontiguousarray(mask).data).hexdigest())[:32]
+        outside = int(np.count_nonzero(labels[tuple(slice(*ends) for ends in box)])) < len(foreground)
+    rng = Seeds(0).numpy("fingerprint", case.id)
+    if len(foreground):
+        chosen = rng.choice(foreground, min(SAMPLES, len(foreground)), replace=False)
+    else:
+        chosen = rng.integers(0, math.prod(geometry.shape), SAMPLES)
+    return VolumeScan(
+        case=case.id,
+        fingerprint=reader.fingerprint(volume),
+        shape=tuple(geometry.shape[axis] for axis in order),
+        spacing=tuple(geometry.spacing[axis] for axis in order),
+        known=geometry.known,
+        units=units,
+        channels=len(volume.array),
+        content=tuple(box[axis][1] - box[axis][0] for axis in order),
+        values=values,
+        mask_fingerprint=mask_fingerprint,
+        labelled=bool(len(foreground)),
+        outside=outside,
+        samples=np.stack([channel.reshape(-1)[chosen] for channel in volume.array]).astype(np.float32),
+    )
