@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from _common import Clock, Sizes
 from medtpp import backbones, tuners
 from medtpp.config import PRETEXTS, TASKS, TUNERS, AugmentOptions, HardwareOptions, LoggingOptions
-from medtpp.data.augment import Augmenter
+from medtpp.data.augment import Augmenter, resolve
 from medtpp.data.batches import BatchStream
 from medtpp.data.cache import build
 from medtpp.data.case import Case
@@ -33,7 +33,7 @@ warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 SEEDS = Seeds(0)
 RATE = 1e-3
 MEAN, STD = (0.5,) * 3, (0.5,) * 3  # timm's, of the architecture
-CROP_MIN = AugmentOptions().crop_min
+CROP_MIN = float(resolve(AugmentOptions(), "xray").crop_min)
 
 
 def pixels(sizes: Sizes) -> Tensor:
