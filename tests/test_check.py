@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from medtpp.data.case import Case, Dataset, ImageRecord, Problem
-from medtpp.data.check import check, describe, predictability, raise_errors
+from medtpp.data.check import check, describe, raise_errors
+from medtpp.data.giveaways import predictability
 from medtpp.data.sources import class_names
 from medtpp.errors import DataError
 

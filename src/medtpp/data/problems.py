@@ -1,0 +1,29 @@
+"""The words in which problems of a data set are told."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence, Sized
+
+from medtpp.data.case import Problem
+
+
+def error(code: str, text: str, cases: Iterable[str] = ()) -> Problem:
+    """Something that stops a run; see `Problem`."""
+    return Problem("error", code, text, tuple(cases))
+
+
+def warning(code: str, text: str, cases: Iterable[str] = ()) -> Problem:
+    """Something that is shown; see `Problem`."""
+    return Problem("warning", code, text, tuple(cases))
+
+
+def count(items: Sized, noun: str) -> str:
+    """How many, such as "1 image" and "2 images"."""
+    return f"{len(items)} {noun}{'' if len(items) == 1 else 's'}"
+
+
+def exclude_option(ids: Sequence[str]) -> str:
+    """The option that leaves some cases out; where they are many, its form with the first."""
+    shown = json.dumps(list(ids) if len(ids) <= 10 else [*ids[:2], "..."], ensure_ascii=False)
+    return f"--set 'data.exclude={shown}'"
