@@ -5,7 +5,16 @@ from __future__ import annotations
 import difflib
 from typing import TYPE_CHECKING
 
-from medtpp.backbones.base import Backbone, Features, Layout, Spec, hash_state, match_channels, training_attention
+from medtpp.backbones.base import (
+    Backbone,
+    Features,
+    Inflation,
+    Layout,
+    Spec,
+    hash_state,
+    match_channels,
+    training_attention,
+)
 from medtpp.config import BACKBONES, BackboneOptions
 from medtpp.errors import ConfigError
 
@@ -15,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Backbone",
     "Features",
+    "Inflation",
     "Layout",
     "Spec",
     "find",
@@ -25,24 +35,35 @@ __all__ = [
 ]
 
 
-def load(name: str | BackboneOptions, *, weights: str = "pretrained", image_size: int | None = None) -> Backbone:
+def load(
+    name: str | BackboneOptions, *, weights: str = "pretrained", image_size: int | tuple[int, ...] | None = None
+) -> Backbone:
     """Load a frozen backbone.
 
     Args:
         name: A name that a family recognises (`medtpp list backbones`), a folder made by `medtpp pretrain`, or options.
         weights: "pretrained", "random" or a local file; taken from the options where those are given.
-        image_size: Side of the images in pixels; positions are resampled where it is not the backbone's own.
+        image_size: Side of the images in pixels, or all sides, (H, W) or (D, H, W); positions are resampled where it
+            is not the backbone's own.
 
     Raises:
-        ConfigError: No family knows the name, or the size does not fit.
+        ConfigError: No family knows the name, the size does not fit, or the family encodes no volumes.
         WeightsError: Weights cannot be found, read or matched.
     """
     options = name if isinstance(name, BackboneOptions) else BackboneOptions(name=name, weights=weights)
+    if options.dims == "auto":
+        lengths = {len(sides) for sides in (options.patch_size, image_size) if isinstance(sides, tuple)}
+        options = options.model_copy(update={"dims": 3 if 3 in lengths else 2})
     if options.revision and options.weights != "pretrained" and not options.name.startswith(("hf-hub:", "hf_hub:")):
         raise ConfigError(f"backbone.revision chooses weights of the hub, but backbone.weights is {options.weights}.")
     for family in BACKBONES.values():
         if family.recognises(options.name):
             backbone: Backbone = family.build(options, image_size)
+            if backbone.spec.dims != options.dims:
+                raise ConfigError(
+                    f"{options.name} encodes {backbone.spec.dims}D images alone, and backbone.dims is {options.dims}. "
+                    "medtpp_vit_tiny, folders of `medtpp pretrain` and timm's vision transformers encode volumes."
+                )
             backbone.options = options
             return backbone
     examples = [example for family in BACKBONES.values() for example in family.examples]

@@ -119,6 +119,19 @@ class Features:
         return self.tokens[:, 0] if how == "cls" else self.patches.mean(dim=1)
 
 
+@dataclass(frozen=True)
+class Inflation:
+    """What inflation to volumes changed in an encoder of images.
+
+    Attributes:
+        parameters: Names of the encoder's new parameters. They are target parameters beside those of any tuner.
+        originals: The source's weights that were resampled or replaced, as they were, by name.
+    """
+
+    parameters: tuple[str, ...] = ()
+    originals: Mapping[str, Tensor] = field(default_factory=dict)
+
+
 class Backbone(nn.Module, ABC):
     """A pre-trained encoder. Its own parameters are frozen; `train()` leaves them in evaluation mode.
 
@@ -126,6 +139,7 @@ class Backbone(nn.Module, ABC):
         spec: What it is.
         layout: Where its parts are.
         encoder: The bare network, which `peft` and other libraries know.
+        inflation: What is new in the encoder, where it was made for images and encodes volumes; else empty.
         pretext_heads: State of pretext heads that came with the weights, by name of the pretext task.
         options: What it was loaded by; None for a network that was wrapped in memory.
         taken: Whether a tuner was attached to it.
@@ -134,23 +148,26 @@ class Backbone(nn.Module, ABC):
     spec: Spec
     layout: Layout
     encoder: nn.Module
+    inflation: Inflation
     pretext_heads: Mapping[str, Mapping[str, Tensor]]
     options: BackboneOptions | None
     taken: bool
     mean: Tensor
     std: Tensor
 
-    def __init__(self, encoder: nn.Module, spec: Spec, layout: Layout) -> None:
+    def __init__(self, encoder: nn.Module, spec: Spec, layout: Layout, inflation: Inflation | None = None) -> None:
         super().__init__()
         self.encoder = encoder
         self.spec = spec
         self.layout = layout
+        self.inflation = inflation or Inflation()
         self.pretext_heads = {}
         self.options = None
         self.taken = False
         self.register_buffer("mean", torch.tensor(spec.mean).view(-1, *[1] * spec.dims), persistent=False)
         self.register_buffer("std", torch.tensor(spec.std).view(-1, *[1] * spec.dims), persistent=False)
-        self._source_names = tuple(encoder.state_dict())
+        new = set(self.inflation.parameters) - self.inflation.originals.keys()
+        self._source_names = tuple(name for name in encoder.state_dict() if name not in new)
         self.encoder.requires_grad_(False)
         self.train(False)
 
@@ -202,9 +219,15 @@ class Backbone(nn.Module, ABC):
         return self
 
     def source_state(self) -> dict[str, Tensor]:
-        """Weights and buffers of the encoder as it was before any tuner, by their original names."""
+        """Weights and buffers of the encoder as it was before any tuner or inflation, by their original names."""
         current = {name.replace(".base_layer.", "."): value for name, value in self.encoder.state_dict().items()}
-        return {name: current[name] for name in self._source_names}
+        return {name: self.inflation.originals.get(name, current[name]) for name in self._source_names}
+
+    def settle(self) -> None:
+        """Take what inflation made for weights of the source: what it was made from is no longer known."""
+        new = (name for name in self.inflation.parameters if name not in self._source_names)
+        self._source_names = (*self._source_names, *new)
+        self.inflation = Inflation()
 
     def source_hash(self) -> str:
         """The sha256 of `source_state()`: names, shapes, types and bits."""

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from medtpp.backbones.base import Backbone, hash_state
 from medtpp.backbones.checkpoints import load_strict
-from medtpp.backbones.timm_vit import create_network, objective_of, resample, wrap_vit
+from medtpp.backbones.timm_vit import create_network, fit_to, objective_of, wrap_vit
 from medtpp.config import BACKBONES, BackboneOptions
 from medtpp.data.fingerprints import Fingerprints
 from medtpp.errors import WeightsError
@@ -42,7 +42,7 @@ class FolderFamily:
         return (locate(name) / "backbone.json").is_file()
 
     @staticmethod
-    def build(options: BackboneOptions, image_size: int | None) -> Backbone:
+    def build(options: BackboneOptions, image_size: int | tuple[int, ...] | None) -> Backbone:
         """Load the folder's backbone; `weights: random` gives its architecture untrained.
 
         Raises:
@@ -70,7 +70,7 @@ class FolderFamily:
             )
         sha256 = hash_state(encoder.state_dict())
         encoder.pretrained_cfg = {"mean": card["mean"], "std": card["std"]}
-        resample(encoder, image_size, options.patch_size)
+        inflation = fit_to(encoder, options, image_size)
         backbone = wrap_vit(
             encoder,
             options.name,
@@ -79,8 +79,10 @@ class FolderFamily:
             sha256,
             family="folder",
             objective=objective_of(card["objective"]) if options.weights == "pretrained" else "unknown",
+            inflation=inflation,
         )
-        if options.weights == "pretrained":
+        # Heads for patches of images know nothing of patches of volumes, even where they happen to be as many numbers.
+        if options.weights == "pretrained" and inflation is None:
             backbone.pretext_heads = {
                 path.stem.removeprefix("pretext_"): {key: value.float() for key, value in _read(path).items()}
                 for path in sorted(folder.glob("pretext_*.safetensors"))

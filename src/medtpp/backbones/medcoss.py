@@ -78,7 +78,7 @@ class MedCoSSViT(VisionTransformer):  # type: ignore[misc]  # timm has no types
 
     def _pos_embed(self, x: Tensor) -> Tensor:
         x = self.norm_embed(x + self.pos_embed)  # (B, N, D)
-        return torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)  # (B, 1 + N, D)
+        return torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)  # (B, 1 + N, D)
 
 
 @BACKBONES.register("medcoss")

@@ -20,8 +20,18 @@ from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer import checkpoint_filter_fn as convert_vit
 from torch import Tensor, nn
 
-from medtpp.backbones.base import Backbone, Features, Layout, Spec, gather_tokens, hash_state, training_attention
+from medtpp.backbones.base import (
+    Backbone,
+    Features,
+    Inflation,
+    Layout,
+    Spec,
+    gather_tokens,
+    hash_state,
+    training_attention,
+)
 from medtpp.backbones.checkpoints import load_strict, read_checkpoint, strip_prefix
+from medtpp.backbones.inflate import VolumeEmbed, add_positions, inflate, require_whole, sides
 from medtpp.config import BACKBONES, BackboneOptions
 from medtpp.errors import ConfigError, WeightsError
 from medtpp.seeds import Seeds
@@ -55,8 +65,11 @@ class TimmViT(Backbone):
         if mask is not None:
             token = x.new_zeros(x.shape[-1]) if mask_token is None else mask_token.to(x.dtype)
             x = torch.where(mask.reshape(*x.shape[:-1], 1), token, x)
-        x = self.encoder._pos_embed(x)  # (B, P + N, D)
-        x, rope = x if isinstance(x, tuple) else (x, None)
+        if self.spec.dims == 3:
+            x, rope = add_positions(self.encoder, x, prefix)  # (B, P + N, D)
+        else:
+            x = self.encoder._pos_embed(x)
+            x, rope = x if isinstance(x, tuple) else (x, None)
         if keep is not None:
             x = torch.cat([x[:, :prefix], gather_tokens(x[:, prefix:], keep)], dim=1)  # (B, P + K, D)
             if rope is not None:  # (N, R) to (B, 1, K, R), the head dimension being 1
@@ -77,15 +90,17 @@ class TimmViT(Backbone):
             x: Tensor = embed(self.normalise(images))
             return x
         self._check_size(images)
-        (height, width), (rows, columns) = self.spec.patch, self.spec.grid
-        patches = images.reshape(len(images), -1, rows, height, columns, width).permute(0, 2, 4, 1, 3, 5)
+        grid, dims = self.spec.grid, self.spec.dims
+        axes = [side for pair in zip(grid, self.spec.patch, strict=True) for side in pair]
+        patches = images.reshape(len(images), -1, *axes)  # (B, C, g1, p1, g2, p2, ...)
+        patches = patches.permute(0, *range(2, 2 * dims + 2, 2), 1, *range(3, 2 * dims + 2, 2))
         cases = torch.arange(len(keep), device=keep.device)[:, None]
-        visible = patches[cases, keep // columns, keep % columns]  # (B, K, C, p, p)
+        visible = patches[cases, *torch.unravel_index(keep, grid)]  # (B, K, C, *patch)
         tokens = embed.proj(self._standardise(visible.flatten(0, 1)))  # each an image of one patch: (B*K, D, 1, 1)
         tokens = embed.norm(tokens.flatten(1).unflatten(0, keep.shape))  # (B, K, D)
         index = keep[..., None].expand_as(tokens)
-        x = tokens.new_zeros(len(keep), rows * columns, tokens.shape[-1]).scatter(1, index, tokens)
-        return x if embed.flatten else x.reshape(len(x), rows, columns, -1)
+        x = tokens.new_zeros(len(keep), math.prod(grid), tokens.shape[-1]).scatter(1, index, tokens)
+        return x if embed.flatten else x.reshape(len(x), *grid, -1)
 
 
 @BACKBONES.register("timm_vit")
@@ -108,8 +123,8 @@ class TimmViTFamily:
         return name.startswith(_HUB) or _module(name.removeprefix("timm/")) != ""
 
     @staticmethod
-    def build(options: BackboneOptions, image_size: int | None) -> Backbone:
-        """Make the network at its native size, load its weights, then resample positions and patches.
+    def build(options: BackboneOptions, image_size: int | tuple[int, ...] | None) -> Backbone:
+        """Make the network at its native size, load its weights, then resample (and inflate) positions and patches.
 
         Weights in a file or in a hub repository decide the native image and patch size, the channels and whether there
         is a layer scale; each of them must find its place.
@@ -157,8 +172,8 @@ class TimmViTFamily:
             )
         sha256 = hash_state(encoder.state_dict())
         drop_unused(encoder)
-        resample(encoder, image_size, options.patch_size)
-        return wrap_vit(encoder, options.name, name, source, sha256, objective=objective)
+        inflation = fit_to(encoder, options, image_size)
+        return wrap_vit(encoder, options.name, name, source, sha256, objective=objective, inflation=inflation)
 
     @staticmethod
     def around(network: nn.Module, image_size: tuple[int, ...]) -> Backbone | None:
@@ -193,6 +208,7 @@ def wrap_vit(
     family: str = "timm_vit",
     objective: str = "unknown",
     image_size: tuple[int, ...] | None = None,
+    inflation: Inflation | None = None,
 ) -> TimmViT:
     """A timm network as a backbone, with its specification read off it.
 
@@ -213,7 +229,7 @@ def wrap_vit(
         name=name,
         family=family,
         architecture=architecture,
-        dims=2,
+        dims=len(patch),
         channels=channels,
         mean=_per_channel(cfg.get("mean", (0.5,)), channels),
         std=_per_channel(cfg.get("std", (0.5,)), channels),
@@ -228,7 +244,7 @@ def wrap_vit(
         source=source,
         sha256=sha256,
     )
-    return TimmViT(vit, spec, vit_layout(vit))
+    return TimmViT(vit, spec, vit_layout(vit), inflation)
 
 
 def vit_layout(encoder: Any) -> Layout:
@@ -253,18 +269,27 @@ def vit_layout(encoder: Any) -> Layout:
     return Layout(blocks, {"embed.patch": ("patch_embed.proj",), **roles, "norm.final": final})
 
 
-def resample(encoder: Any, image_size: int | None, patch_size: int | None) -> None:
-    """Resample positions to another image size and the patch embedding to another patch size, in place."""
-    patch = patch_size or encoder.patch_embed.patch_size[0]
-    size = image_size or encoder.patch_embed.grid_size[0] * encoder.patch_embed.patch_size[0]
-    if size % patch:
-        below, above = size // patch * patch, -(-size // patch) * patch
+def fit_to(encoder: Any, options: BackboneOptions, image_size: int | tuple[int, ...] | None) -> Inflation | None:
+    """Fit a network to the images or volumes that it is to encode, in place."""
+    if options.dims == 3:
+        return inflate(encoder, image_size, options.patch_size, options.channels)
+    if options.channels not in (None, encoder.patch_embed.proj.in_channels):
         raise ConfigError(
-            f"An image size of {size} is not a multiple of the patch size {patch}. "
-            f"Use --set data.image_size={below or above} or {above}."
+            f"backbone.channels is {options.channels}: for volumes alone. {options.name} takes images of "
+            f"{encoder.patch_embed.proj.in_channels} channels (grey and colour are matched to it)."
         )
-    if (size, patch) != (encoder.patch_embed.img_size[0], encoder.patch_embed.patch_size[0]):
-        encoder.set_input_size(img_size=(size, size), patch_size=(patch, patch) if patch_size else None)
+    resample(encoder, image_size, options.patch_size)
+    return None
+
+
+def resample(encoder: Any, image_size: int | tuple[int, ...] | None, patch_size: int | tuple[int, ...] | None) -> None:
+    """Resample positions to another image size and the patch embedding to another patch size, in place."""
+    own = encoder.patch_embed
+    patch = sides(patch_size, 2) or own.patch_size
+    size = sides(image_size, 2) or tuple(n * p for n, p in zip(own.grid_size, own.patch_size, strict=True))
+    require_whole(size, patch)
+    if (size, patch) != (own.img_size, own.patch_size):
+        encoder.set_input_size(img_size=size, patch_size=patch if patch_size else None)
 
 
 def create_network(name: str, arguments: dict[str, Any]) -> nn.Module:
@@ -324,7 +349,7 @@ def _check_plain(encoder: nn.Module, architecture: str) -> Any:
         ConfigError: It does not.
     """
     vit: Any = encoder
-    if not isinstance(encoder, VisionTransformer | Eva) or not isinstance(vit.patch_embed, PatchEmbed):
+    if not isinstance(encoder, VisionTransformer | Eva) or not isinstance(vit.patch_embed, PatchEmbed | VolumeEmbed):
         raise ConfigError(f"{architecture} is a {type(encoder).__name__}, not a plain vision transformer.")
     if getattr(vit, "rope_mixed", False):
         raise ConfigError(f"{architecture} learns rotary positions per layer, which cannot follow dropped tokens.")

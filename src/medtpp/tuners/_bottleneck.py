@@ -55,8 +55,8 @@ class BottleneckBackbone(TunedBackbone):
         self._own(dict(self.bottlenecks.named_parameters()))
 
     @contextmanager
-    def disabled(self) -> Iterator[None]:
-        """See `TunedBackbone.disabled`."""
+    def bypass(self) -> Iterator[None]:
+        """See `TunedBackbone.bypass`."""
         self._switch(False)
         try:
             yield

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from medtpp.backbones import Backbone
-from medtpp.tuners.base import TunedBackbone
+from medtpp.tuners.base import TunedBackbone, place
 
 
 class SelectedBackbone(TunedBackbone):
@@ -28,28 +28,26 @@ class SelectedBackbone(TunedBackbone):
         self.names = names
         self._originals = {name: source.encoder.get_parameter(name).detach() for name in names}
         for name, original in self._originals.items():
-            self._place(name, nn.Parameter(original.clone()))
+            place(source.encoder, name, nn.Parameter(original.clone()))
         self._own({name: source.encoder.get_parameter(name) for name in names})
-
-    def _place(self, name: str, parameter: nn.Parameter) -> None:
-        path, _, leaf = name.rpartition(".")
-        setattr(self.encoder.get_submodule(path), leaf, parameter)
 
     def source_state(self) -> dict[str, Tensor]:
         """See `Backbone.source_state`."""
-        return {**super().source_state(), **self._originals}
+        known = {**self._originals, **self.inflation.originals}
+        return {name: known.get(name, value) for name, value in super().source_state().items()}
 
     @contextmanager
-    def disabled(self) -> Iterator[None]:
-        """See `TunedBackbone.disabled`."""
+    def bypass(self) -> Iterator[None]:
+        """See `TunedBackbone.bypass`."""
         trained = {name: self.encoder.get_parameter(name) for name in self.names}
         for name, parameter in trained.items():
-            self._place(name, nn.Parameter(self._originals[name].to(parameter.device), requires_grad=False))
+            original = self._originals[name].to(parameter.device)
+            place(self.encoder, name, nn.Parameter(original, requires_grad=False))
         try:
             yield
         finally:
             for name, parameter in trained.items():
-                self._place(name, parameter)
+                place(self.encoder, name, parameter)
 
     def fold(self) -> Backbone:
         """See `TunedBackbone.fold`."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -21,17 +21,21 @@ O = TypeVar("O", bound=MethodOptions)  # noqa: E741  (the options of a method)
 class TunedBackbone(Backbone):
     """A backbone with target parameters; itself a backbone.
 
-    Subclasses set `targets` and implement `disabled`, `fold`, `adapter_config`, `adapter_state` and
+    Subclasses set `targets` and implement `bypass`, `fold`, `adapter_config`, `adapter_state` and
     `load_adapter_state`.
 
     Attributes:
         source: The backbone it tunes. It is changed in place; `source_state()` still gives its own weights.
-        targets: The target parameters, by their name among `named_parameters()`. They alone require gradients.
+        targets: The target parameters, by their name among `named_parameters()`.
+        embed: What inflation to volumes made new, likewise: target parameters of a group of their own. None where the
+            tuner trains them as its own (`full`) or trains nothing (`linear`). Beside `targets`, they alone require
+            gradients.
         tuner: Options of the tuner that attached it.
         seen_channels: Channels of the images it was trained on through the Python API, if it was.
     """
 
     targets: dict[str, nn.Parameter]
+    embed: dict[str, nn.Parameter]
     tuner: MethodOptions
     seen_channels: int | None
 
@@ -40,11 +44,13 @@ class TunedBackbone(Backbone):
         self.source = source
         self.spec = source.spec
         self.layout = source.layout
+        self.inflation = source.inflation
         self.pretext_heads = source.pretext_heads
         self.options = source.options
         self.seen_channels = None
         self.taken = True
         self.targets = {}
+        self.embed = {}
 
     @property
     def encoder(self) -> nn.Module:  # type: ignore[override]
@@ -75,9 +81,22 @@ class TunedBackbone(Backbone):
     def after_step(self, step: int, total: int) -> None:
         """Called after each optimiser step, for methods that have a schedule of their own."""
 
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Inside this context, the backbone computes as if there were no tuner and its embedding had just been made."""
+        trained = {name: self.encoder.get_parameter(name) for name in self._untrained}
+        for name, start in self._untrained.items():
+            place(self.encoder, name, nn.Parameter(start.to(trained[name].device), requires_grad=False))
+        try:
+            with self.bypass():
+                yield
+        finally:
+            for name, parameter in trained.items():
+                place(self.encoder, name, parameter)
+
     @abstractmethod
-    def disabled(self) -> AbstractContextManager[None]:
-        """Inside this context, the backbone computes as if there were no tuner."""
+    def bypass(self) -> AbstractContextManager[None]:
+        """Inside this context, the tuner does nothing, for `disabled`; the embedding is not its own."""
 
     def merged(self) -> Backbone:
         """A plain backbone of its own with the target parameters folded into its weights.
@@ -92,6 +111,7 @@ class TunedBackbone(Backbone):
         backbone.options = None
         backbone.spec = replace(backbone.spec, sha256="")
         backbone.taken = False
+        backbone.settle()
         return backbone
 
     @abstractmethod
@@ -116,14 +136,31 @@ class TunedBackbone(Backbone):
         for name, parameter in self.targets.items():
             parameter.data.copy_(state[name])
 
+    def embed_state(self) -> dict[str, Tensor]:
+        """The content of embed.safetensors, by names of the encoder; empty where there is none to write."""
+        return {name: self.encoder.get_parameter(name).detach() for name in self._untrained}
+
+    def load_embed_state(self, state: Mapping[str, Tensor]) -> None:
+        """Load what `embed_state` gave.
+
+        Raises:
+            WeightsError: A key is missing, unexpected or of another shape; all are listed.
+        """
+        check_keys(state, self.embed_state())
+        for name in self._untrained:
+            self.encoder.get_parameter(name).data.copy_(state[name])
+
     def _own(self, targets: Mapping[str, nn.Parameter]) -> None:
-        """Enter the target parameters, by identity, under their names here; exactly they require gradients."""
+        """Enter the target parameters, by identity, under their names here; they and `embed` require gradients."""
         wanted = {id(parameter) for parameter in targets.values()}
-        self.targets = {}
-        for name, parameter in self.named_parameters():
-            parameter.requires_grad_(id(parameter) in wanted)
-            if id(parameter) in wanted:
-                self.targets[name] = parameter
+        new = {name: self.encoder.get_parameter(name) for name in self.inflation.parameters if targets}
+        embed = {id(parameter) for parameter in new.values()} - wanted
+        self._untrained = {name: value.detach().clone() for name, value in new.items() if id(value) in embed}
+        named = dict(self.named_parameters())
+        self.targets = {name: parameter for name, parameter in named.items() if id(parameter) in wanted}
+        self.embed = {name: parameter for name, parameter in named.items() if id(parameter) in embed}
+        for name, parameter in named.items():
+            parameter.requires_grad_(name in self.targets or name in self.embed)
 
 
 class Tuner(ABC, Generic[O]):
@@ -158,6 +195,12 @@ class Tuner(ABC, Generic[O]):
         Raises:
             ConfigError: The method does not fit this backbone.
         """
+
+
+def place(encoder: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    """Put a parameter where the encoder has one of this name."""
+    path, _, leaf = name.rpartition(".")
+    setattr(encoder.get_submodule(path), leaf, parameter)
 
 
 def check_keys(given: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:

@@ -50,8 +50,8 @@ class PeftBackbone(TunedBackbone):
         """The encoder as peft sees it."""
         return self._peft[0]
 
-    def disabled(self) -> AbstractContextManager[None]:
-        """See `TunedBackbone.disabled`."""
+    def bypass(self) -> AbstractContextManager[None]:
+        """See `TunedBackbone.bypass`."""
         context: AbstractContextManager[None] = self.peft_model.disable_adapter()
         return context
 

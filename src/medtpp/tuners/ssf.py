@@ -76,8 +76,8 @@ class SSFBackbone(TunedBackbone):
         self._own({f"scales.{name}": parameter for name, parameter in self.scales.named_parameters()})
 
     @contextmanager
-    def disabled(self) -> Iterator[None]:
-        """See `TunedBackbone.disabled`."""
+    def bypass(self) -> Iterator[None]:
+        """See `TunedBackbone.bypass`."""
         self._switch(False)
         try:
             yield

@@ -41,8 +41,8 @@ class VPTBackbone(TunedBackbone):
         self._own({"prompts": self.prompts})
 
     @contextmanager
-    def disabled(self) -> Iterator[None]:
-        """See `TunedBackbone.disabled`."""
+    def bypass(self) -> Iterator[None]:
+        """See `TunedBackbone.bypass`."""
         self.enabled = False
         try:
             yield
@@ -76,7 +76,7 @@ class _BlockHooks:
         if not self.tuned.enabled:
             return args, kwargs
         tokens = args[0]  # (B, N, D)
-        prompts = self.tuned.prompts[self.index].to(tokens.dtype).expand(len(tokens), -1, -1)
+        prompts = self.tuned.prompts[self.index].to(tokens.dtype).expand(tokens.shape[0], -1, -1)
         rope = kwargs.get("rope")
         if rope is not None:  # prompts have no place in the image: their rotation is by zero, sin 0 and cos 1
             half = rope.shape[-1] // 2
