@@ -57,6 +57,7 @@ def experiment(folder: Path, **sections) -> Experiment:
     quick = {
         "seed": 0,
         "data": {"path": str(folder)},
+        "task": {"name": "classification"},
         "backbone": {"name": "test_vit", "weights": "random"},  # timm's own tiny ViT: 6 blocks of 64
         "tuner": {"name": "lora"},
         "pretext": {"name": "mae", "decoder_depth": 1, "decoder_width": 32},
@@ -86,7 +87,7 @@ def finetune_inputs(folder: Path, start: Path | None = None, **sections) -> Fine
         data.classes,
         False,
         data.fingerprints("train", "val"),
-        start,
+        start=start,
     )
 
 

@@ -25,7 +25,7 @@ from medtpp.training.loop import Group
 from medtpp.training.pretrain import run_pretrain
 from medtpp.training.resume import RESUME
 from medtpp.training.stage import PretextModule
-from medtpp.training.tpp import make_pretext, resolve_tpp, run_tpp, warm_up_head
+from medtpp.training.tpp import make_pretext, resolve_tpp, run_tpp, warm_up_heads
 
 
 @pytest.fixture(scope="module")
@@ -253,7 +253,7 @@ def test_tpp_goes_on_with_the_head_of_its_backbone(phantoms, pretrained, tmp_pat
 def test_a_new_head_is_warmed_up_by_default(phantoms):
     for steps, warmup in ((300, 200), (5000, 500)):
         made = stages.experiment(phantoms, tpp={"head_warmup": "auto", "steps": steps})
-        known = {"images": 100, "learning_rate": 1e-3}
+        known = {"images": 100, "learning_rate": 1e-3, "spec": backbones.load("test_vit", weights="random").spec}
         assert resolve_tpp(made.tpp, trained_head=False, **known).head_warmup == warmup
         assert resolve_tpp(made.tpp, trained_head=True, **known).head_warmup == 0
 
@@ -276,7 +276,7 @@ def test_head_warm_up_leaves_no_gradients_behind(phantoms):
     fabric = Fabric(accelerator="cpu", devices=1)
     head, targets = Group("pretext", dict(pretext.named_parameters()), 1e-3), Group("tuner", tuned.targets, 1e-3)
     module = PretextModule(tuned, pretext, Augmenter(AugmentOptions(), "xray"))
-    warm_up_head(fabric, module, head, targets, inputs.data.stream(8, Seeds(0), fabric), 2)
+    warm_up_heads(fabric, module, [head], [targets], inputs.data.stream(8, Seeds(0), fabric), 2)
     for parameter in tuned.targets.values():
         assert parameter.requires_grad
         assert parameter.grad is None

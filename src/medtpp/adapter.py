@@ -1,7 +1,8 @@
 """The adapter folder: what was trained, and all that is needed to use it again. Written whole, read strictly.
 
 adapter_config.json, adapter_model.safetensors   # peft's own where peft has the method
-head.safetensors                                 # after fine-tuning
+embed.safetensors                                # a patch embedding made for volumes
+decoder.safetensors, head.safetensors            # after fine-tuning
 medtpp.json                                      # backbone, tuner, task, preprocessing, thresholds, what TPP did
 README.md                                        # a model card
 """
@@ -16,12 +17,14 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from medtpp import backbones, tuners
 from medtpp.config import TASKS, TUNERS, BackboneOptions, Modality, Options
+from medtpp.data.case import Structure
 from medtpp.data.fingerprints import Fingerprints
 from medtpp.data.preprocess import Preprocessing
+from medtpp.data.volume_preprocess import VolumePreprocessing
 from medtpp.errors import ConfigError, LeakageError, WeightsError
 from medtpp.files import atomic, read_json, write_json, write_text
 from medtpp.seeds import Seeds
@@ -36,7 +39,7 @@ class BackboneCard(Options):
 
     options: BackboneOptions
     architecture: str
-    image_size: int
+    image_size: int | tuple[int, ...]
     sha256: str
 
 
@@ -51,18 +54,28 @@ class TPPCard(Options):
     seed: int
     images: int
     transductive: bool
+    decoder: dict[str, Any] | None = None
     fingerprints: Fingerprints
 
 
 class TaskCard(Options):
-    """What the head predicts."""
+    """What the head predicts.
+
+    `classes` are the names of the structures in segmentation, `mask_values` the values that each has in masks.
+    """
 
     options: dict[str, Any]
     classes: tuple[str, ...]
     multilabel: bool
+    mask_values: tuple[tuple[int, ...], ...] = ()
     positive: str | None = None
     thresholds: dict[str, float] = Field(default_factory=dict)
     threshold_notes: tuple[str, ...] = ()
+
+    @property
+    def structures(self) -> tuple[Structure, ...]:
+        """What masks show; () in classification."""
+        return tuple(map(Structure, self.classes, self.mask_values))
 
 
 class AdapterCard(Options):
@@ -71,7 +84,7 @@ class AdapterCard(Options):
     schema_version: Literal[1] = 1
     backbone: BackboneCard
     tuner: dict[str, Any]
-    preprocessing: Preprocessing
+    preprocessing: Preprocessing | VolumePreprocessing
     modality: Modality
     seed: int
     tpp: TPPCard | None = None
@@ -82,14 +95,24 @@ class AdapterCard(Options):
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter in memory."""
+    """An adapter in memory.
+
+    Attributes:
+        card: The content of medtpp.json.
+        backbone: Tuned.
+        task: With its head, after fine-tuning.
+        decoder: The state of a decoder that TPP pre-trained, before fine-tuning.
+    """
 
     card: AdapterCard
     backbone: TunedBackbone
     task: Task | None
+    decoder: dict[str, Tensor] | None = None
 
 
-def new_card(backbone: TunedBackbone, preprocessing: Preprocessing, modality: Modality, seed: int) -> AdapterCard:
+def new_card(
+    backbone: TunedBackbone, preprocessing: Preprocessing | VolumePreprocessing, modality: Modality, seed: int
+) -> AdapterCard:
     """The card of a tuned backbone that has learnt nothing yet.
 
     Raises:
@@ -102,7 +125,7 @@ def new_card(backbone: TunedBackbone, preprocessing: Preprocessing, modality: Mo
         backbone=BackboneCard(
             options=backbone.options,
             architecture=spec.architecture,
-            image_size=spec.image_size[0],
+            image_size=spec.image_size[0] if len(set(spec.image_size)) == 1 else spec.image_size,
             sha256=spec.sha256,
         ),
         tuner=backbone.tuner.model_dump(mode="json"),
@@ -118,16 +141,33 @@ def package_versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in names}}
 
 
-def save_adapter(folder: Path, backbone: TunedBackbone, card: AdapterCard, task: Task | None = None) -> None:
+def save_adapter(
+    folder: Path,
+    backbone: TunedBackbone,
+    card: AdapterCard,
+    task: Task | None = None,
+    decoder: nn.Module | None = None,
+) -> None:
     """Write an adapter folder; medtpp.json comes last, so that a folder that has it is whole.
+
+    Args:
+        folder: Where to.
+        backbone: Tuned.
+        card: The content of medtpp.json.
+        task: With its head, after fine-tuning.
+        decoder: Pre-trained by TPP, before fine-tuning.
 
     Raises:
         OutputError: The folder cannot be written.
     """
     write_json(folder / "adapter_config.json", backbone.adapter_config())
     _write_tensors(folder / "adapter_model.safetensors", backbone.adapter_state())
-    if task is not None:
-        _write_tensors(folder / "head.safetensors", task.state_dict())
+    if embed := backbone.embed_state():
+        _write_tensors(folder / "embed.safetensors", embed)
+    for group, state in _task_states(task).items():
+        _write_tensors(folder / f"{group}.safetensors", state)
+    if decoder is not None:
+        _write_tensors(folder / "decoder.safetensors", decoder.state_dict())
     write_text(folder / "README.md", _model_card(card, backbone))
     write_json(folder / CARD, card.model_dump(mode="json"))
 
@@ -187,15 +227,21 @@ def load_adapter(folder: str | Path, *, backbone: str | BackboneOptions | None =
         raise WeightsError(f"{folder / CARD} has options that this medtpp does not know: {error}") from error
     try:
         tuned.load_adapter_state(_read_tensors(folder / "adapter_model.safetensors"))
+        if tuned.embed_state():
+            tuned.load_embed_state(_read_tensors(folder / "embed.safetensors"))
         if task is not None:
-            state = _read_tensors(folder / "head.safetensors")
+            state: dict[str, Tensor] = {}
+            for group in _task_states(task):
+                state |= _read_tensors(folder / f"{group}.safetensors")
             check_keys(state, task.state_dict())
             task.load_state_dict(state)
             task.eval()
+        pretrained = task is None and card.tpp is not None and card.tpp.decoder is not None
+        decoder = _read_tensors(folder / "decoder.safetensors") if pretrained else None
     except WeightsError as error:
         raise WeightsError(f"{folder}: {error.message}", error.problems) from error
     found = card.backbone.model_copy(update={"options": options})
-    return Adapter(card.model_copy(update={"backbone": found}), tuned, task)
+    return Adapter(card.model_copy(update={"backbone": found}), tuned, task, decoder)
 
 
 def make_task(card: TaskCard, backbone: backbones.Backbone, seeds: Seeds) -> Task:
@@ -204,6 +250,14 @@ def make_task(card: TaskCard, backbone: backbones.Backbone, seeds: Seeds) -> Tas
     options = method.Options.model_validate(card.options)
     task: Task = method(options, backbone.spec, card.classes, card.multilabel, seeds)
     return task
+
+
+def _task_states(task: Task | None) -> dict[str, dict[str, Tensor]]:
+    """A task's state by the files that hold it: "decoder" and "head"; the decoder's names begin with its own."""
+    states: dict[str, dict[str, Tensor]] = {}
+    for name, value in task.state_dict().items() if task is not None else ():
+        states.setdefault("decoder" if name.startswith("decoder.") else "head", {})[name] = value
+    return states
 
 
 def refuse_overlap(what: str, cases: list[str], kind: str = "test") -> None:
@@ -231,7 +285,9 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _model_card(card: AdapterCard, backbone: TunedBackbone) -> str:
-    count = sum(parameter.numel() for parameter in backbone.targets.values())
+    count = sum(parameter.numel() for parameter in [*backbone.targets.values(), *backbone.embed.values()])
+    size = card.backbone.image_size
+    pixels = "x".join(map(str, size)) if isinstance(size, tuple) else str(size)
     lines = [
         "---",
         "library_name: medtpp",
@@ -240,7 +296,7 @@ def _model_card(card: AdapterCard, backbone: TunedBackbone) -> str:
         "",
         f"# A `{card.tuner['name']}` adapter for `{card.backbone.architecture}`",
         "",
-        f"{count:,} target parameters, made by medtpp {card.versions['medtpp']} at {card.backbone.image_size} pixels.",
+        f"{count:,} target parameters, made by medtpp {card.versions['medtpp']} at {pixels} pixels.",
         "",
     ]
     if card.tpp:

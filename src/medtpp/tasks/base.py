@@ -15,25 +15,31 @@ from medtpp.seeds import Seeds
 
 
 class Task(nn.Module, ABC):
-    """A task. Its parameters are the head.
+    """A task. Its parameters are the head, and those of a submodule called `decoder` where it has one.
 
     Class attributes:
         Options: Its pydantic options.
         summary: One line for lists.
+        dense: Whether it predicts for every pixel and learns from masks.
+
+    Attributes:
+        taps: The blocks whose maps `forward` needs, for `Backbone.encode`.
 
     Args:
         options: Its options.
         spec: Of the backbone.
-        classes: Names of the classes, in the order of the logits.
-        multilabel: Whether a case may have several labels.
+        classes: Names of the classes or structures, in the order of the logits.
+        multilabel: Whether a case may have several labels, a pixel several structures.
         seeds: The initial head depends on these alone.
     """
 
     Options: ClassVar[type[MethodOptions]]
     summary: ClassVar[str]
+    dense: ClassVar[bool] = False
     options: MethodOptions
     classes: tuple[str, ...]
     multilabel: bool
+    taps: tuple[int, ...] = ()
 
     @abstractmethod
     def __init__(
@@ -45,8 +51,12 @@ class Task(nn.Module, ABC):
         """Logits of a batch."""
 
     @abstractmethod
-    def targets(self, cases: Sequence[Case]) -> Tensor:
-        """What `loss` compares with, from the labels of some cases: (n, ...)."""
+    def targets(self, cases: Sequence[Case]) -> Tensor | None:
+        """What `loss` compares with, from the labels of some cases: (n, ...). None: the masks of a batch."""
+
+    def from_masks(self, masks: Tensor) -> Tensor:
+        """What `loss` compares with, from masks (B, *spatial) as `label_mask` numbers them."""
+        return masks
 
     @abstractmethod
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
@@ -59,3 +69,10 @@ class Task(nn.Module, ABC):
     @abstractmethod
     def balance(self, targets: Tensor) -> None:
         """Take class frequencies from the training targets, where the options ask for it."""
+
+    def groups(self) -> dict[str, dict[str, nn.Parameter]]:
+        """Its parameters as "head" and "decoder", each with a learning rate and a file of its own; no empty group."""
+        groups: dict[str, dict[str, nn.Parameter]] = {}
+        for name, parameter in self.named_parameters():
+            groups.setdefault("decoder" if name.startswith("decoder.") else "head", {})[name] = parameter
+        return groups

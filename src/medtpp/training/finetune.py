@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,15 +12,15 @@ from torch import Tensor, nn
 
 from medtpp import backbones, tuners
 from medtpp.adapter import Adapter, TaskCard, load_adapter, make_task, new_card, read_card, save_adapter
-from medtpp.backbones import Backbone
+from medtpp.backbones import Backbone, Spec
 from medtpp.config import TUNERS, Experiment, FinetuneOptions
 from medtpp.data.augment import Augmenter
+from medtpp.data.case import Structure
 from medtpp.data.fingerprints import Fingerprints
 from medtpp.data.preprocess import Preprocessing
+from medtpp.data.volume_preprocess import VolumePreprocessing, overlapping
 from medtpp.errors import ConfigError
-from medtpp.evaluation import choose_thresholds, positive_class, write_predictions
 from medtpp.files import MARKER, write_json
-from medtpp.inference.predict import as_predictions, predict_rows
 from medtpp.seeds import Draws, Seeds
 from medtpp.tasks.base import Task
 from medtpp.training.device import make_fabric
@@ -28,13 +29,21 @@ from medtpp.training.resume import finish
 from medtpp.training.stage import (
     StageData,
     StageResult,
+    augmenter_of,
     count_parameters,
     launch,
     number,
     resolve_stage,
     schedule_of,
     to_unit,
+    tuner_groups,
 )
+from medtpp.training.validation import ClassificationValidation, SegmentationValidation, Validation
+from medtpp.tuners.base import check_keys
+
+TOKENS = 6_272  # in a batch of a classification: 32 images of 14 x 14 patches
+VOXELS = 1 << 20  # in a batch of a segmentation: 16 images of 256 x 256
+MASKED = 16  # images in it, at most
 
 
 @dataclass(frozen=True)
@@ -45,24 +54,38 @@ class FinetuneInputs:
         experiment: With `auto` values of the data answered.
         preprocessing: How the images were made.
         train, val: Labelled cases.
-        classes: Names of the classes, in the order of the logits.
+        classes: Names of the classes, in the order of the logits; () in segmentation.
         multilabel: Whether a case may have several labels.
+        structures: What masks show; () in classification.
         fingerprints: Of training and validation cases.
         start: A TPP adapter folder to start from, or None for the tuner's own start.
     """
 
     experiment: Experiment
-    preprocessing: Preprocessing
+    preprocessing: Preprocessing | VolumePreprocessing
     train: StageData
     val: StageData
     classes: tuple[str, ...]
     multilabel: bool
     fingerprints: Fingerprints
+    structures: tuple[Structure, ...] = ()
     start: Path | None = None
+
+    def task_card(self) -> TaskCard:
+        """What the head will predict."""
+        options = self.experiment.task.model_dump(mode="json")
+        if not self.structures:
+            return TaskCard(options=options, classes=self.classes, multilabel=self.multilabel)
+        return TaskCard(
+            options=options,
+            classes=tuple(structure.name for structure in self.structures),
+            multilabel=overlapping(self.structures),
+            mask_values=tuple(structure.values for structure in self.structures),
+        )
 
 
 class SupervisedModule(nn.Module):
-    """What the loop trains: images (B, C, *spatial) uint8 and targets to the task's loss."""
+    """What the loop trains: images (B, C, *spatial) and targets, or masks (B, *spatial), to the task's loss."""
 
     def __init__(self, backbone: Backbone, task: Task, augmenter: Augmenter) -> None:
         super().__init__()
@@ -73,8 +96,12 @@ class SupervisedModule(nn.Module):
     def forward(self, images: Tensor, targets: Tensor, visits: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss; nothing else to log."""
         with torch.autocast(images.device.type, enabled=False):
-            images = self.augmenter(to_unit(images), Draws(visits))
-        return self.task.loss(self.task(self.backbone.encode(images)), targets), {}
+            if self.task.dense:
+                images, masks = self.augmenter(to_unit(images), Draws(visits), targets)
+                targets = self.task.from_masks(masks)
+            else:
+                images = self.augmenter(to_unit(images), Draws(visits))
+        return self.task.loss(self.task(self.backbone.encode(images, taps=self.task.taps)), targets), {}
 
 
 def run_finetune(inputs: FinetuneInputs, folder: Path) -> StageResult:
@@ -89,18 +116,31 @@ def run_finetune(inputs: FinetuneInputs, folder: Path) -> StageResult:
 
 
 def resolve_finetune(
-    options: FinetuneOptions, *, cases: int, learning_rate: float, devices: int = 1
+    options: FinetuneOptions, *, cases: int, learning_rate: float, spec: Spec, masks: bool, devices: int = 1
 ) -> FinetuneOptions:
     """Answer the `auto` values: 30 passes over the cases within 200 to 2,000 steps.
+
+    A new decoder has more to learn: with masks it is 60 passes within 600 to 3,000 steps.
 
     Args:
         options: As given.
         cases: How many there are to train on.
         learning_rate: The tuner's own.
+        spec: Of the backbone; large images and volumes make small batches.
+        masks: Whether it is a segmentation.
         devices: The batch size is a multiple of them.
     """
+    batch_size = TOKENS // math.prod(spec.grid)
+    if masks:
+        batch_size = min(MASKED, VOXELS // math.prod(spec.image_size))
     options = resolve_stage(
-        options, passes=30, batch_size=32, cases=cases, limits=(200, 2000), learning_rate=learning_rate, devices=devices
+        options,
+        passes=60 if masks else 30,
+        batch_size=min(32, max(2, batch_size)),
+        cases=cases,
+        limits=(600, 3000) if masks else (200, 2000),
+        learning_rate=learning_rate,
+        devices=devices,
     )
     if options.validate_every != "auto":
         return options
@@ -109,33 +149,33 @@ def resolve_finetune(
 
 def _train(fabric: Fabric, inputs: FinetuneInputs, folder: Path) -> StageResult:
     experiment, seeds = inputs.experiment, Seeds(inputs.experiment.seed)
-    own_rate = TUNERS.get(experiment.tuner.name).learning_rate
+    begun = _begin(inputs, seeds)
+    tuned, task_card = begun.backbone, inputs.task_card()
+    masks = bool(inputs.structures)
     options = resolve_finetune(
-        experiment.finetune, cases=len(inputs.train), learning_rate=own_rate, devices=fabric.world_size
+        experiment.finetune,
+        cases=len(inputs.train),
+        learning_rate=TUNERS.get(experiment.tuner.name).learning_rate,
+        spec=tuned.spec,
+        masks=masks,
+        devices=fabric.world_size,
     )
     rate, batch_size = float(options.learning_rate), number(options.batch_size)
-    begun = _begin(inputs, seeds)
-    tuned = begun.backbone
-    task_card = TaskCard(
-        options=experiment.task.model_dump(mode="json"), classes=inputs.classes, multilabel=inputs.multilabel
-    )
     task = make_task(task_card, tuned, seeds)
-    train = replace(inputs.train, targets=task.targets(inputs.train.cases))
+    if begun.decoder is not None:
+        _take_over(task, begun, inputs)
+    train = replace(inputs.train, targets=task.targets(inputs.train.cases), masks=masks)
     if train.targets is not None:
         task.balance(train.targets)
-    module = SupervisedModule(tuned, task, Augmenter(experiment.data.augment, experiment.data.modality))
+    module = SupervisedModule(tuned, task, augmenter_of(experiment, inputs.preprocessing))
     groups = [
-        Group("head", dict(task.named_parameters()), options.head_learning_rate, options.head_weight_decay),
-        *([Group("tuner", tuned.targets, rate, options.weight_decay)] if tuned.targets else []),
+        *(
+            Group(name, own, options.head_learning_rate, options.head_weight_decay)
+            for name, own in task.groups().items()
+        ),
+        *tuner_groups(tuned, rate, options.weight_decay),
     ]
-    targets = task.targets(inputs.val.cases)
-
-    def score() -> float:
-        logits = predict_rows(
-            tuned, task, inputs.val.cache.images, inputs.val.rows, device=fabric.device, autocast=fabric.autocast
-        )
-        return -float(task.loss(logits.to(fabric.device), targets.to(fabric.device)))
-
+    validation = _validation(inputs, tuned, task, fabric)
     record = fit(
         fabric,
         module,
@@ -145,23 +185,16 @@ def _train(fabric: Fabric, inputs: FinetuneInputs, folder: Path) -> StageResult:
         folder=folder,
         title="fine-tuning",
         after_step=tuned.after_step,
-        validate=score if options.keep == "best" else None,
+        validate=validation.score if options.keep == "best" else None,
     )
     result = StageResult(number(options.steps), batch_size, rate, record, parameters=count_parameters(tuned, head=task))
     if fabric.global_rank == 0:
-        logits = predict_rows(tuned, task, inputs.val.cache.images, inputs.val.rows, device=fabric.device)
-        validation = as_predictions(
-            inputs.val.cases, "val", task.probabilities(logits), inputs.classes, multilabel=inputs.multilabel
-        )
-        write_predictions(folder / "validation.csv", validation)
-        thresholds = choose_thresholds(validation)
-        chosen = {
-            "thresholds": thresholds.values,
-            "threshold_notes": thresholds.notes,
-            "positive": positive_class(validation, experiment.data.positive),
-        }
+        result.figures.update(validation.figures())
         card = begun.card.model_copy(
-            update={"task": task_card.model_copy(update=chosen), "trained_on": inputs.fingerprints}
+            update={
+                "task": task_card.model_copy(update=validation.finish(folder)),
+                "trained_on": inputs.fingerprints,
+            }
         )
         save_adapter(folder / "adapter", tuned, card, task)
         finish(folder)
@@ -169,12 +202,34 @@ def _train(fabric: Fabric, inputs: FinetuneInputs, folder: Path) -> StageResult:
     return result
 
 
+def _take_over(task: Task, begun: Adapter, inputs: FinetuneInputs) -> None:
+    """Start the task's decoder where TPP ended."""
+    made = begun.card.tpp.decoder if begun.card.tpp else None
+    wanted = inputs.experiment.task.model_dump(mode="json")
+    shaping = ("name", "head", "feature_size", "image_skip")
+    if made is None or any(made.get(field) != wanted.get(field) for field in shaping):
+        raise ConfigError(
+            f"The decoder of {inputs.start} was pre-trained for {made}, and the experiment's task is {wanted}. "
+            "Pre-train it again for this task."
+        )
+    decoder = task.get_submodule("decoder")
+    state = begun.decoder or {}
+    check_keys(state, decoder.state_dict())
+    decoder.load_state_dict(state)
+
+
+def _validation(inputs: FinetuneInputs, backbone: Backbone, task: Task, fabric: Fabric) -> Validation:
+    if inputs.structures:
+        return SegmentationValidation(backbone, task, fabric, inputs.val)
+    return ClassificationValidation(backbone, task, fabric, inputs.val, inputs.experiment.data.positive)
+
+
 def _begin(inputs: FinetuneInputs, seeds: Seeds) -> Adapter:
     """A tuned backbone at its start: from a TPP adapter, or the tuner's own."""
     experiment = inputs.experiment
     wanted = experiment.tuner.model_dump(mode="json")
     if inputs.start is None:
-        backbone = backbones.load(experiment.backbone, image_size=inputs.preprocessing.image_size)
+        backbone = backbones.load(experiment.backbone, image_size=inputs.preprocessing.patch)
         tuned = tuners.attach(backbone, experiment.tuner, seed=seeds)
         return Adapter(new_card(tuned, inputs.preprocessing, experiment.data.modality, experiment.seed), tuned, None)
     adapter = load_adapter(inputs.start, backbone=experiment.backbone)

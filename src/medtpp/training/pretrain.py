@@ -92,7 +92,7 @@ def _train(fabric: Fabric, inputs: PretrainInputs, folder: Path) -> StageResult:
     batch_size, rate = number(options.batch_size), float(options.learning_rate)
     schedule = schedule_of(options)
     name = BackboneOptions(name=options.architecture, weights="random")
-    backbone = backbones.load(name, image_size=data.cache.shape[-1])
+    backbone = backbones.load(name, image_size=tuple(data.images(limit=1).shape[2:]))
     if backbone.spec.family != "timm_vit":
         raise ConfigError(f"`architecture` is the timm name of a plain vision transformer; {name.name} is none.")
     _start_positions(backbone)

@@ -15,16 +15,21 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from medtpp.backbones import Backbone
-from medtpp.config import StageOptions
+from medtpp.config import Experiment, StageOptions
 from medtpp.data.augment import Augmenter
 from medtpp.data.batches import BatchStream
 from medtpp.data.cache import ImageCache
 from medtpp.data.case import Case
+from medtpp.data.patches import PatchStream
+from medtpp.data.preprocess import Preprocessing
+from medtpp.data.store import VolumeStore
+from medtpp.data.volume_preprocess import VolumePreprocessing
 from medtpp.errors import ConfigError, MedtppError
 from medtpp.pretext.base import Pretext
 from medtpp.seeds import Draws, Seeds, name_key
+from medtpp.training.dense import DenseReconstruction
 from medtpp.training.device import close_loggers
-from medtpp.training.loop import Schedule
+from medtpp.training.loop import Group, Schedule
 from medtpp.training.resume import Record
 from medtpp.tuners import TunedBackbone
 
@@ -34,45 +39,44 @@ O = TypeVar("O", bound=StageOptions)  # noqa: E741  (options)
 
 @dataclass(frozen=True)
 class StageData:
-    """Images that a stage trains on. It pickles as the path of a cache.
+    """Images that a stage trains on. It pickles as paths.
 
     Attributes:
-        cache: Where the images are.
+        store: Where the images are; of a `VolumeStore`, the network sees patches.
         cases: In this order.
         targets: (n, ...) for supervised stages.
+        masks: Whether the targets are the patches of the masks.
     """
 
-    cache: ImageCache
+    store: ImageCache | VolumeStore
     cases: tuple[Case, ...]
     targets: Tensor | None = None
+    masks: bool = False
 
     def __len__(self) -> int:
         return len(self.cases)
 
     @property
     def rows(self) -> NDArray[np.int64]:
-        """(n,) rows of the cache."""
-        return np.array([self.cache.row[case.id] for case in self.cases], dtype=np.int64)
+        """(n,) rows of the store."""
+        return np.array([self.store.row[case.id] for case in self.cases], dtype=np.int64)
 
-    def stream(self, batch_size: int, seeds: Seeds, fabric: Fabric) -> BatchStream:
+    def stream(self, batch_size: int, seeds: Seeds, fabric: Fabric) -> BatchStream | PatchStream:
         """Batches for this process."""
         keys = np.array([name_key(case.id) for case in self.cases], dtype=np.int64)
-        return BatchStream(
-            self.cache.images,
-            self.rows,
-            keys,
-            self.targets,
-            batch_size,
-            seeds,
-            fabric.global_rank,
-            fabric.world_size,
-            pin=fabric.device.type == "cuda",
-        )
+        world = {"rank": fabric.global_rank, "world": fabric.world_size, "pin": fabric.device.type == "cuda"}
+        store, targets = self.store, self.targets
+        if isinstance(store, ImageCache):
+            return BatchStream(store.images, self.rows, keys, targets, batch_size, seeds, **world)
+        return PatchStream(store, self.rows, keys, targets, batch_size, seeds, **world, masks=self.masks)
 
     def images(self, limit: int) -> Tensor:
-        """(min(n, limit), C, S, S) float in [0, 1]: cases evenly from the whole."""
+        """(min(n, limit), C, *patch) float in [0, 1]: cases evenly from the whole, of each the middle."""
         chosen = np.linspace(0, len(self) - 1, min(len(self), limit)).round().astype(int)
-        return to_unit(torch.from_numpy(self.cache.images[self.rows[chosen]]))
+        rows = self.rows[chosen]
+        if isinstance(self.store, ImageCache):
+            return to_unit(torch.from_numpy(self.store.images[rows]))
+        return to_unit(torch.from_numpy(np.stack([self.store.centre(int(row)) for row in rows])))
 
 
 def to_unit(images: Tensor) -> Tensor:
@@ -120,19 +124,29 @@ def count_parameters(backbone: TunedBackbone, **others: nn.Module) -> dict[str, 
     """How many numbers are in the backbone's own weights, in what the tuner trains, and in other modules by name."""
     return {
         "backbone": sum(weights.numel() for weights in backbone.source_state().values()),
-        "target": sum(parameter.numel() for parameter in backbone.targets.values()),
+        "target": sum(parameter.numel() for parameter in [*backbone.targets.values(), *backbone.embed.values()]),
         **{name: sum(parameter.numel() for parameter in module.parameters()) for name, module in others.items()},
     }
 
 
 class PretextModule(nn.Module):
-    """What the loop trains in pretext stages: images (B, C, *spatial) to the pretext loss."""
+    """What the loop trains in pretext stages: images (B, C, *spatial) to the pretext loss.
 
-    def __init__(self, backbone: Backbone, pretext: Pretext, augmenter: Augmenter | None = None) -> None:
+    With `dense`, its loss is added.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        pretext: Pretext,
+        augmenter: Augmenter | None = None,
+        dense: DenseReconstruction | None = None,
+    ) -> None:
         super().__init__()
         self.backbone = backbone
         self.pretext = pretext
         self.augmenter = augmenter
+        self.dense = dense
 
     def forward(self, images: Tensor, targets: Tensor | None, visits: Tensor) -> tuple[Tensor, dict[str, Tensor]]:  # noqa: ARG002
         """The loss, and values to log."""
@@ -141,7 +155,11 @@ class PretextModule(nn.Module):
             images = to_unit(images)
             if self.augmenter is not None:
                 images = self.augmenter(images, draws, geometric_only=True)
-        return self.pretext.loss(self.backbone, images, draws)
+        loss, logs = self.pretext.loss(self.backbone, images, draws)
+        if self.dense is not None:
+            restored = self.dense.loss(self.backbone, images, draws)
+            loss, logs = loss + restored, {**logs, "dense_loss": restored.detach()}
+        return loss, logs
 
 
 def launch(fabric: Fabric, train: Callable[..., T], inputs: Any, folder: Path) -> T:
@@ -210,6 +228,19 @@ def resolve_stage(
         "checkpoint_every": max(1, steps // 10) if options.checkpoint_every == "auto" else options.checkpoint_every,
     }
     return options.model_copy(update=answers)
+
+
+def augmenter_of(experiment: Experiment, preprocessing: Preprocessing | VolumePreprocessing) -> Augmenter:
+    """The augmentation of an experiment, which both of its stages use."""
+    data, masks = experiment.data, experiment.task.name == "segmentation"
+    spacing = preprocessing.spacing if isinstance(preprocessing, VolumePreprocessing) else None
+    return Augmenter(data.augment, data.modality, "segmentation" if masks else "classification", spacing)
+
+
+def tuner_groups(backbone: TunedBackbone, rate: float, weight_decay: float) -> list[Group]:
+    """What a tuner trains, "tuner", and an embedding that was made for volumes, "embed"; no empty group."""
+    groups = {"tuner": backbone.targets, "embed": backbone.embed}
+    return [Group(name, parameters, rate, weight_decay) for name, parameters in groups.items() if parameters]
 
 
 def schedule_of(options: StageOptions, validate_every: int = 0) -> Schedule:

@@ -6,6 +6,8 @@ otherwise warm a new one up alone; train target parameters and head together on 
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,13 +19,14 @@ from torch.nn import functional as F
 from medtpp import backbones, tuners
 from medtpp.adapter import TPPCard, new_card, save_adapter
 from medtpp.config import PRETEXTS, TUNERS, Experiment, MethodOptions, TPPOptions
-from medtpp.data.augment import Augmenter
 from medtpp.data.fingerprints import Fingerprints
 from medtpp.data.preprocess import Preprocessing
+from medtpp.data.volume_preprocess import VolumePreprocessing
 from medtpp.errors import ConfigError
 from medtpp.files import MARKER, atomic, write_json
 from medtpp.pretext.base import Pretext
 from medtpp.seeds import Seeds, name_key
+from medtpp.training.dense import DenseReconstruction, make_dense
 from medtpp.training.device import make_fabric
 from medtpp.training.loop import Group, Schedule, Stream, fit
 from medtpp.training.resume import RESUME, finish
@@ -31,12 +34,16 @@ from medtpp.training.stage import (
     PretextModule,
     StageData,
     StageResult,
+    augmenter_of,
     count_parameters,
     launch,
     number,
     resolve_stage,
     schedule_of,
+    tuner_groups,
 )
+
+TOKENS = 12_544  # in a batch: 64 images of 14 x 14 patches
 
 
 @dataclass(frozen=True)
@@ -51,7 +58,7 @@ class TPPInputs:
     """
 
     experiment: Experiment
-    preprocessing: Preprocessing
+    preprocessing: Preprocessing | VolumePreprocessing
     data: StageData
     fingerprints: Fingerprints
 
@@ -70,26 +77,32 @@ def run_tpp(inputs: TPPInputs, folder: Path) -> StageResult:
 def _train(fabric: Fabric, inputs: TPPInputs, folder: Path) -> StageResult:
     experiment, data = inputs.experiment, inputs.data
     seeds = Seeds(experiment.seed)
-    backbone = backbones.load(experiment.backbone, image_size=inputs.preprocessing.image_size)
+    backbone = backbones.load(experiment.backbone, image_size=inputs.preprocessing.patch)
     pretext, trained_head = make_pretext(experiment.pretext, backbone, seeds)
     own_rate = TUNERS.get(experiment.tuner.name).learning_rate
     options = resolve_tpp(
-        experiment.tpp, images=len(data), learning_rate=own_rate, trained_head=trained_head, devices=fabric.world_size
+        experiment.tpp,
+        images=len(data),
+        learning_rate=own_rate,
+        spec=backbone.spec,
+        trained_head=trained_head,
+        devices=fabric.world_size,
     )
     batch_size, rate = number(options.batch_size), float(options.learning_rate)
     head_warmup = number(options.head_warmup)
     schedule = schedule_of(options)
     tuned = tuners.attach(backbone, experiment.tuner, seed=seeds)
-    module = PretextModule(tuned, pretext, Augmenter(experiment.data.augment, experiment.data.modality))
-    head = Group("pretext", dict(pretext.named_parameters()), options.head_learning_rate)
-    targets = Group("tuner", tuned.targets, rate, options.weight_decay)
+    dense = make_dense(experiment, backbone.spec, seeds)
+    module = PretextModule(tuned, pretext, augmenter_of(experiment, inputs.preprocessing), dense)
+    heads = head_groups(pretext, dense, options.head_learning_rate)
+    targets = tuner_groups(tuned, rate, options.weight_decay)
 
     if head_warmup and not (folder / RESUME).is_file():
         warmup_stream = data.stream(batch_size, seeds.child("head-warmup"), fabric)
-        warm_up_head(fabric, module, head, targets, warmup_stream, head_warmup)
+        warm_up_heads(fabric, module, heads, targets, warmup_stream, head_warmup)
     stream = data.stream(batch_size, seeds.child("tpp"), fabric)
     record = fit(
-        fabric, module, [targets, head], stream, schedule, folder=folder, title="TPP", after_step=tuned.after_step
+        fabric, module, [*targets, *heads], stream, schedule, folder=folder, title="TPP", after_step=tuned.after_step
     )
 
     images = data.images(limit=32).to(fabric.device)
@@ -105,18 +118,26 @@ def _train(fabric: Fabric, inputs: TPPInputs, folder: Path) -> StageResult:
             seed=experiment.seed,
             images=len(data),
             transductive=options.transductive,
+            decoder=experiment.task.model_dump(mode="json") if dense else None,
             fingerprints=inputs.fingerprints,
         )
         save_preview(folder / "preview.png", images[:6], pretext, tuned, seeds)
         card = new_card(tuned, inputs.preprocessing, experiment.data.modality, experiment.seed)
-        save_adapter(folder / "adapter", tuned, card.model_copy(update={"tpp": tpp}))
+        decoder = dense.decoder if dense else None
+        save_adapter(folder / "adapter", tuned, card.model_copy(update={"tpp": tpp}), decoder=decoder)
         finish(folder)
         write_json(folder / MARKER, result.summary())
     return result
 
 
 def resolve_tpp(
-    options: TPPOptions, *, images: int, learning_rate: float, trained_head: bool, devices: int = 1
+    options: TPPOptions,
+    *,
+    images: int,
+    learning_rate: float,
+    spec: backbones.Spec,
+    trained_head: bool,
+    devices: int = 1,
 ) -> TPPOptions:
     """Answer the `auto` values: 40 passes over the images within 200 to 2,000 steps.
 
@@ -124,13 +145,14 @@ def resolve_tpp(
         options: As given.
         images: How many TPP sees.
         learning_rate: The tuner's own.
+        spec: Of the backbone; large images and volumes make small batches.
         trained_head: Whether the pretext head came trained with the backbone.
         devices: The batch size is a multiple of them.
     """
     options = resolve_stage(
         options,
         passes=40,
-        batch_size=64,
+        batch_size=min(64, max(8, TOKENS // math.prod(spec.grid))),
         cases=images,
         limits=(200, 2000),
         learning_rate=learning_rate,
@@ -166,16 +188,31 @@ def make_pretext(options: MethodOptions, backbone: backbones.Backbone, seeds: Se
     return pretext, state is not None and pretext.load_head(state)
 
 
-def warm_up_head(
-    fabric: Fabric, module: PretextModule, head: Group, targets: Group, stream: Stream, steps: int
+def head_groups(pretext: Pretext, dense: DenseReconstruction | None, rate: float) -> list[Group]:
+    """The pretext head, and where TPP pre-trains it the decoder."""
+    heads = {"pretext": dict(pretext.named_parameters())}
+    if dense is not None:
+        heads["pretext"] |= {f"dense.{name}": parameter for name, parameter in dense.predict.named_parameters()}
+        heads["decoder"] = {f"decoder.{name}": parameter for name, parameter in dense.decoder.named_parameters()}
+    return [Group(name, parameters, rate) for name, parameters in heads.items()]
+
+
+def warm_up_heads(
+    fabric: Fabric,
+    module: PretextModule,
+    heads: Sequence[Group],
+    targets: Sequence[Group],
+    stream: Stream,
+    steps: int,
 ) -> None:
     """Train a new pretext head alone, so that its first gradients do not move the target parameters at random."""
-    for parameter in targets.parameters.values():
+    waiting = [parameter for group in targets for parameter in group.parameters.values()]
+    for parameter in waiting:
         parameter.requires_grad_(False)
     try:
-        fit(fabric, module, [head], stream, Schedule(steps), title="pretext head")
+        fit(fabric, module, heads, stream, Schedule(steps), title="pretext head")
     finally:
-        for parameter in targets.parameters.values():
+        for parameter in waiting:
             parameter.requires_grad_(True)
 
 
@@ -187,10 +224,17 @@ def save_preview(path: Path, images: Tensor, pretext: Pretext, backbone: backbon
     views = pretext.preview(backbone, images, seeds.draws(cases * 0, cases))
     if not views:
         return
-    rows = [backbones.match_channels(view, 3) for view in (images, *views.values())]  # each (B, 3, H, W)
+    rows = [_flat(view) for view in (images, *views.values())]  # each (B, 3, H, W)
     sheet = torch.cat([torch.cat(list(row), dim=2) for row in rows], dim=1).permute(1, 2, 0)
     with atomic(path) as temporary:
         Image.fromarray((sheet * 255).round().byte().cpu().numpy()).save(temporary, format="PNG")
+
+
+def _flat(images: Tensor) -> Tensor:
+    """(B, 3, H, W) in colour, of volumes the middle slice, of several channels the first."""
+    while images.ndim > 4:
+        images = images[:, :, images.shape[2] // 2]
+    return backbones.match_channels(images if images.shape[1] in (1, 3) else images[:, :1], 3)
 
 
 @torch.no_grad()
