@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from medtpp.errors import ConfigError
-from medtpp.evaluation.predictions import Predictions
+
+Key = TypeVar("Key")
 
 _CHUNK = 2_000_000  # weights held at once: 16 MB
+
+
+class OfPatients(Protocol):
+    """Anything that tells its n cases and their patients."""
+
+    @property
+    def cases(self) -> tuple[str, ...]:
+        """(n,) unique ids."""
+
+    @property
+    def patients(self) -> tuple[str | None, ...]:
+        """(n,) patients, None where unknown."""
 
 
 @dataclass(frozen=True)
@@ -56,12 +69,12 @@ class Estimate:
     undefined_share: float
 
 
-def group_by_patient(predictions: Predictions) -> NDArray[np.int64]:
+def group_by_patient(table: OfPatients) -> NDArray[np.int64]:
     """(n,) the number of each case's patient; a case of unknown patient is a patient of its own."""
     numbers: dict[tuple[str, str], int] = {}
     keys = (
         ("patient", patient) if patient else ("case", case)
-        for case, patient in zip(predictions.cases, predictions.patients, strict=True)
+        for case, patient in zip(table.cases, table.patients, strict=True)
     )
     return np.array([numbers.setdefault(key, len(numbers)) for key in keys], dtype=np.int64)
 
@@ -90,3 +103,50 @@ def summarise(value: float, resampled: NDArray[np.float64], level: float) -> Est
     if len(defined) and not np.isnan(value):
         low, high = np.quantile(defined, [(1 - level) / 2, (1 + level) / 2]).tolist()
     return Estimate(None if np.isnan(value) else float(value), low, high, 1 - len(defined) / len(resampled))
+
+
+def estimate_all(
+    score: Callable[[NDArray[np.float64]], Mapping[Key, NDArray[np.float64]]],
+    groups: NDArray[np.int64],
+    bootstrap: Bootstrap,
+) -> dict[Key, Estimate]:
+    """Metrics on all cases, each with its interval; without one where there is a single patient.
+
+    Args:
+        score: From (r, n) weights of the cases to (r,) values of each metric; not-a-number means undefined.
+        groups: (n,) the number of each case's patient.
+        bootstrap: How patients are drawn.
+    """
+    values = {name: float(value[0]) for name, value in score(np.ones((1, len(groups)))).items()}
+    if groups.max() == 0:
+        return {name: Estimate(None if np.isnan(value) else value, None, None, 0.0) for name, value in values.items()}
+    chunks = [score(weights) for weights in draw_weights(groups, bootstrap.resamples, bootstrap.seed)]
+    return {
+        name: summarise(value, np.concatenate([chunk[name] for chunk in chunks]), bootstrap.level)
+        for name, value in values.items()
+    }
+
+
+def patient_notes(patients: Sequence[str | None], n_patients: int) -> list[str]:
+    """What a reader of the intervals must know of the patients."""
+    unknown = sum(patient is None for patient in patients)
+    notes: list[str] = []
+    if unknown == len(patients):
+        notes.append("No patient is known: the bootstrap draws cases, and intervals are too narrow if patients repeat.")
+    elif unknown:
+        notes.append(f"{unknown} cases have no patient and count as patients of their own.")
+    if n_patients == 1:
+        notes.append("All cases are of one patient: there is nothing to resample, and no interval.")
+    return notes
+
+
+def estimate_text(estimate: Estimate) -> str:
+    """An estimate with its interval, for a table."""
+    if estimate.value is None:
+        return "undefined"
+    text = f"{estimate.value:.3f}"
+    if estimate.low is not None and estimate.high is not None:
+        text += f"  [{estimate.low:.3f}, {estimate.high:.3f}]"
+    if estimate.undefined_share > 0:
+        text += f"  ({estimate.undefined_share:.1%} undefined)"
+    return text

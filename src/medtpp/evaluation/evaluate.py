@@ -8,11 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from medtpp.errors import ConfigError, DataError
-from medtpp.evaluation.bootstrap import Bootstrap, Estimate, draw_weights, group_by_patient, summarise
-from medtpp.evaluation.metrics import OVERALL, Scored, overall, per_class
+from medtpp.evaluation.bootstrap import (
+    Bootstrap,
+    Estimate,
+    estimate_all,
+    estimate_text,
+    group_by_patient,
+    patient_notes,
+)
+from medtpp.evaluation.metrics import Scored, overall, per_class
 from medtpp.evaluation.predictions import Predictions
 from medtpp.evaluation.thresholds import Thresholds
 from medtpp.files import write_json
@@ -86,7 +92,7 @@ class Evaluation:
         groups = f"{self.n_patients} patients" if self.bootstrap.unit == "patient" else "patients unknown"
         rows = [("cases", f"{self.n_cases} ({groups})")]
         for name, estimate in self.metrics.items():
-            rows.append((self._title(name), _estimate_text(estimate)))
+            rows.append((self._title(name), estimate_text(estimate)))
         return rows
 
     def _title(self, name: str) -> str:
@@ -149,7 +155,7 @@ def evaluate(
         classes=counts,
         positive=positive,
         thresholds={name: float(thresholds.values[name]) for name in known.classes},
-        metrics=_estimates(scored, groups, bootstrap, n_patients),
+        metrics=estimate_all(lambda weights: overall(scored, weights), groups, bootstrap),
         per_class=_per_class(scored, counts),
         confusion=_confusion(scored),
         bootstrap=bootstrap,
@@ -204,17 +210,6 @@ def _is_negative(name: str) -> bool:
     )
 
 
-def _estimates(scored: Scored, groups: NDArray[np.int64], bootstrap: Bootstrap, n_patients: int) -> dict[str, Estimate]:
-    values = overall(scored, np.ones((1, len(groups))))
-    if n_patients == 1:
-        return {name: Estimate(_number(values[name][0]), None, None, 0.0) for name in OVERALL}
-    chunks = [overall(scored, weights) for weights in draw_weights(groups, bootstrap.resamples, bootstrap.seed)]
-    return {
-        name: summarise(values[name][0], np.concatenate([chunk[name] for chunk in chunks]), bootstrap.level)
-        for name in OVERALL
-    }
-
-
 def _per_class(scored: Scored, counts: dict[str, int]) -> dict[str, dict[str, float | int | None]]:
     values = per_class(scored, np.ones((1, len(scored.truth))))
     return {
@@ -249,26 +244,8 @@ def _notes(test: Predictions, known: Predictions, counts: dict[str, int], n_pati
         notes.append("No class has cases both in it and out of it: macro averages are undefined.")
     elif left_out:
         notes.append(f"Macro averages leave out: {', '.join(left_out)}.")
-    unknown = sum(patient is None for patient in known.patients)
-    if unknown == len(known):
-        notes.append("No patient is known: the bootstrap draws cases, and intervals are too narrow if patients repeat.")
-    elif unknown:
-        notes.append(f"{unknown} cases have no patient and count as patients of their own.")
-    if n_patients == 1:
-        notes.append("All cases are of one patient: there is nothing to resample, and no interval.")
-    return notes
+    return notes + patient_notes(known.patients, n_patients)
 
 
 def _number(value: np.float64) -> float | None:
     return None if np.isnan(value) else float(value)
-
-
-def _estimate_text(estimate: Estimate) -> str:
-    if estimate.value is None:
-        return "undefined"
-    text = f"{estimate.value:.3f}"
-    if estimate.low is not None and estimate.high is not None:
-        text += f"  [{estimate.low:.3f}, {estimate.high:.3f}]"
-    if estimate.undefined_share > 0:
-        text += f"  ({estimate.undefined_share:.1%} undefined)"
-    return text

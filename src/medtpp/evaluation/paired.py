@@ -7,31 +7,49 @@ weights and the order of the batches. The crossed bootstrap draws both, independ
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from functools import cached_property
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from medtpp.errors import ConfigError, DataError
-from medtpp.evaluation.bootstrap import Bootstrap, Estimate, draw_weights, group_by_patient, summarise
+from medtpp.evaluation.bootstrap import Bootstrap, Estimate, OfPatients, draw_weights, group_by_patient, summarise
 from medtpp.evaluation.evaluate import score_cases
 from medtpp.evaluation.metrics import OVERALL, overall
 from medtpp.evaluation.predictions import Predictions
+from medtpp.evaluation.segmentation import overall_means
+from medtpp.evaluation.segmentation_table import METRICS, Segmentations
 from medtpp.files import digest
 
 Verdict = Literal["helps", "hurts", "equivalent", "no difference seen", "too few seeds", "undefined"]
 Floats = NDArray[np.float64]
 
-LOWER_IS_BETTER = frozenset({"ece", "brier", "log_loss"})
+LOWER_IS_BETTER = frozenset({"ece", "brier", "log_loss", "hd95"})
 FEWEST_SEEDS = 5  # with fewer, drawing seeds with replacement says too little of how they scatter
 SIGNIFICANT = 0.05
 
 
+class Scorable(OfPatients, Protocol):
+    """One trained model's part in a comparison: `cases` are the test cases that have a truth."""
+
+    @property
+    def truth(self) -> object:
+        """What is known of the cases; its repr() tells test sets apart."""
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """What can be scored."""
+
+    def scorer(self, metric: str) -> Callable[[Floats], Floats]:
+        """A metric as a function of (R, n) weights of the cases, which gives (R,) values."""
+
+
 @dataclass(frozen=True)
 class Run:
-    """One trained model's part in a comparison.
+    """A classification.
 
     Attributes:
         predictions: Of the test cases.
@@ -42,6 +60,72 @@ class Run:
     predictions: Predictions
     thresholds: Mapping[str, float]
     positive: str | None = None
+
+    @cached_property
+    def known(self) -> Predictions:
+        """The labelled cases."""
+        return self.predictions.labelled()
+
+    @property
+    def cases(self) -> tuple[str, ...]:
+        """(n,) ids of the labelled cases."""
+        return self.known.cases
+
+    @property
+    def patients(self) -> tuple[str | None, ...]:
+        """(n,) patients of the labelled cases."""
+        return self.known.patients
+
+    @property
+    def truth(self) -> object:
+        """The labels."""
+        return self.known.labels
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Those of classification."""
+        return OVERALL
+
+    def scorer(self, metric: str) -> Callable[[Floats], Floats]:
+        """A metric as a function of (R, n) weights."""
+        scored = score_cases(self.known, self.thresholds, self.positive)
+        return lambda weights: overall(scored, weights, [metric])[metric]
+
+
+@dataclass(frozen=True)
+class SegmentationRun:
+    """A segmentation: each metric is the mean over structures of the means over cases.
+
+    Attributes:
+        table: Of the test cases.
+    """
+
+    table: Segmentations
+
+    @property
+    def cases(self) -> tuple[str, ...]:
+        """(n,) ids."""
+        return self.table.cases
+
+    @property
+    def patients(self) -> tuple[str | None, ...]:
+        """(n,) patients."""
+        return self.table.patients
+
+    @property
+    def truth(self) -> object:
+        """The sizes of the structures."""
+        return self.table.volume_true.tolist()
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Those of segmentation."""
+        return METRICS
+
+    def scorer(self, metric: str) -> Callable[[Floats], Floats]:
+        """A metric as a function of (R, n) weights."""
+        values = self.table.numbers[metric]
+        return lambda weights: overall_means(values, weights)
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,44 +174,41 @@ class Difference:
     by_seed: dict[int, float | None]
 
 
-def resample(runs: Mapping[int, Run], metric: str, bootstrap: Bootstrap) -> Scores:
+def resample(runs: Mapping[int, Scorable], metric: str, bootstrap: Bootstrap) -> Scores:
     """Score the runs of an arm, by seed, on all test cases and on draws of their patients.
 
     Raises:
         ConfigError: There is no such metric.
         DataError: There is no run, none has a label, or the runs have other test cases.
     """
-    if metric not in OVERALL:
-        raise ConfigError(f"There is no metric {metric!r}. There are: {', '.join(OVERALL)}.")
     if not runs:
         raise DataError("There is no run to score.")
     seeds = tuple(sorted(runs))
-    first = runs[seeds[0]].predictions
-    if any(tested_on(runs[seed].predictions) != tested_on(first) for seed in seeds):
+    first = runs[seeds[0]]
+    if metric not in first.metrics:
+        raise ConfigError(f"There is no metric {metric!r}. There are: {', '.join(first.metrics)}.")
+    if any(tested_on(runs[seed]) != tested_on(first) for seed in seeds):
         raise DataError("The runs of an arm were tested on different cases or labels, so they cannot be compared.")
-    known = first.labelled()
-    if not len(known):
+    if not first.cases:
         raise DataError("None of the test cases has a label.")
-    scored = [
-        score_cases(runs[seed].predictions.labelled(), runs[seed].thresholds, runs[seed].positive) for seed in seeds
-    ]
-    whole = np.ones((1, len(known)))
+    scorers = [runs[seed].scorer(metric) for seed in seeds]
+    whole = np.ones((1, len(first.cases)))
     chunks = [
-        [overall(cases, weights, [metric])[metric] for cases in scored]
-        for weights in draw_weights(group_by_patient(known), bootstrap.resamples, bootstrap.seed)
+        np.stack([score(weights) for score in scorers])
+        for weights in draw_weights(group_by_patient(first), bootstrap.resamples, bootstrap.seed)
     ]
     return Scores(
         seeds=seeds,
-        values=np.array([overall(cases, whole, [metric])[metric][0] for cases in scored]),
-        resampled=np.concatenate([np.stack(chunk) for chunk in chunks], axis=1),
+        values=np.array([score(whole)[0] for score in scorers]),
+        resampled=np.concatenate(chunks, axis=1),
         bootstrap=bootstrap,
         test=tested_on(first),
     )
 
 
-def tested_on(predictions: Predictions) -> str:
-    """A hash of the cases, labels and patients that were tested on."""
-    return digest(repr((predictions.cases, predictions.labels, predictions.patients)))
+def tested_on(run: Scorable) -> str:
+    """A hash of the cases, patients and truth that a run was tested on."""
+    return digest(repr((run.cases, run.patients, run.truth)))
 
 
 def difference(arm: Scores, baseline: Scores) -> Difference:

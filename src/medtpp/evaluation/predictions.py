@@ -12,12 +12,12 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TextIO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from medtpp.errors import DataError
+from medtpp.evaluation.tables import UnixLines, invalid_table, read_table, shortened
 from medtpp.files import atomic
 
 SEPARATOR = ";"
@@ -25,7 +25,7 @@ _FIXED = ("case", "split", "patient", "site")
 _PREFIX = "p_"
 _SUM_TOLERANCE = 1e-2  # bfloat16 soft-max and tables rounded to three digits pass, logits do not
 _RANGE_TOLERANCE = 1e-5  # averages of float32 probabilities end up a little above 1
-_MOST_PROBLEMS = 20
+_KIND = "predictions"
 
 Labels = tuple[str, ...] | None
 
@@ -72,7 +72,7 @@ class Predictions:
             )
         ]
         if problems or not self.classes:
-            raise DataError("The predictions are not valid.", _shortened(problems) or ["there is no class"])
+            raise DataError("The predictions are not valid.", shortened(problems) or ["there is no class"])
 
     def __len__(self) -> int:
         return len(self.cases)
@@ -115,7 +115,7 @@ def write_predictions(path: Path, predictions: Predictions) -> None:
     """
     label_column = "labels" if predictions.multilabel else "label"
     with atomic(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as stream:
-        writer = csv.writer(_UnixLines(stream))
+        writer = csv.writer(UnixLines(stream))
         writer.writerow([*_FIXED, label_column, *(_PREFIX + name for name in predictions.classes)])
         for row, case in enumerate(predictions.cases):
             writer.writerow(
@@ -136,7 +136,8 @@ def read_predictions(path: Path) -> Predictions:
     Raises:
         DataError: The file is missing or malformed; all problems are listed by line and column.
     """
-    lines, header, table = _read_table(path)
+    raw = read_table(path, _KIND, _find_header_problems)
+    lines, header, table = raw.lines, raw.header, raw.rows
     multilabel = "labels" in header
     column = {name: index for index, name in enumerate(header)}
     classes = tuple(name.removeprefix(_PREFIX) for name in header if name.startswith(_PREFIX))
@@ -157,7 +158,7 @@ def read_predictions(path: Path) -> Predictions:
     problems = problems or list(_find_problems(cases, labels, classes, probabilities, multilabel))
     if problems:
         found = [f"line {lines[row]}, column {name}: {what}" for row, name, what in problems]
-        raise DataError(f"{path} is not a valid table of predictions.", _shortened(found))
+        raise invalid_table(path, _KIND, found)
     return Predictions(
         cases=tuple(cases),
         split=tuple(split),
@@ -170,57 +171,20 @@ def read_predictions(path: Path) -> Predictions:
     )
 
 
-def _read_table(path: Path) -> tuple[list[int], list[str], list[list[str]]]:
-    """Line numbers, header and rows, of which every one is as long as the header."""
-    lines: list[int] = []
-    table: list[list[str]] = []
-    try:
-        # Spreadsheet programs put a byte-order mark in front.
-        with path.open(encoding="utf-8-sig", newline="") as stream:
-            reader = csv.reader(stream, strict=True)
-            header = next(reader, [])
-            _check_header(path, header)
-            last = reader.line_num
-            for cells in reader:
-                if cells:
-                    lines.append(last + 1)
-                    table.append(cells)
-                last = reader.line_num
-    except OSError as error:
-        raise DataError(f"Cannot read the predictions {path}: {error.strerror or error}.") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text. Save it as CSV in UTF-8.") from error
-    except csv.Error as error:
-        raise DataError(
-            f"{path}, line {reader.line_num}: {error}. Write it as plain comma-separated values."
-        ) from error
-    wrong = [
-        f"line {line}, column {header[len(cells)] if len(cells) < len(header) else len(header) + 1}: "
-        f"{len(cells)} cells instead of {len(header)}"
-        for line, cells in zip(lines, table, strict=True)
-        if len(cells) != len(header)
-    ]
-    if wrong or not table:
-        raise DataError(f"{path} is not a valid table of predictions.", _shortened(wrong) or ["it has no rows"])
-    return lines, header, table
-
-
-def _check_header(path: Path, header: list[str]) -> None:
+def _find_header_problems(header: Sequence[str]) -> list[str]:
     counts = Counter(header)
-    problems = [f"line 1, column {name}: it appears {count} times" for name, count in counts.items() if count > 1]
-    problems += [f"line 1, column {name}: it is missing" for name in _FIXED if name not in counts]
+    problems = [f"column {name}: it appears {count} times" for name, count in counts.items() if count > 1]
+    problems += [f"column {name}: it is missing" for name in _FIXED if name not in counts]
     if ("label" in counts) == ("labels" in counts):
-        problems.append("line 1, column label: need one of `label` and, for several labels per case, `labels`")
+        problems.append("column label: need one of `label` and, for several labels per case, `labels`")
     if not any(name.startswith(_PREFIX) for name in counts):
-        problems.append("line 1, column p_<class>: there is no column of probabilities")
+        problems.append("column p_<class>: there is no column of probabilities")
     known = {*_FIXED, "label", "labels"}
-    problems += [
-        f"line 1, column {name}: unknown; known are case, split, patient, site, label and p_<class>"
+    return problems + [
+        f"column {name}: unknown; known are case, split, patient, site, label and p_<class>"
         for name in counts
         if name not in known and not name.startswith(_PREFIX)
     ]
-    if problems:
-        raise DataError(f"{path} is not a valid table of predictions.", problems)
 
 
 def _find_problems(
@@ -260,20 +224,6 @@ def _find_problems(
             yield row, f"{_PREFIX}*", f"the probabilities sum to {total[row]:.4g} instead of 1"
 
 
-class _UnixLines:
-    """Ends rows with a line feed alone.
-
-    `csv.writer` quotes the characters of its own line end only: told to end rows so, it would leave a carriage return
-    in a file name unquoted, and the file unreadable.
-    """
-
-    def __init__(self, stream: TextIO) -> None:
-        self.stream = stream
-
-    def write(self, row: str) -> int:
-        return self.stream.write(row.removesuffix("\r\n") + "\n")
-
-
 def _labels_to_text(labels: Labels, multilabel: bool) -> str:
     if labels is None:
         return ""
@@ -286,8 +236,3 @@ def _labels_from_text(text: str, multilabel: bool) -> Labels:
     if not multilabel:
         return (text,)
     return () if text == SEPARATOR else tuple(text.split(SEPARATOR))
-
-
-def _shortened(problems: list[str]) -> list[str]:
-    more = len(problems) - _MOST_PROBLEMS
-    return problems[:_MOST_PROBLEMS] + ([f"and {more} more"] if more > 0 else [])
