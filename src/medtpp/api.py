@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 import numpy as np
 import torch
@@ -24,24 +24,38 @@ from medtpp import backbones
 from medtpp.adapter import Adapter, TaskCard, TPPCard, new_card, save_adapter
 from medtpp.api_data import Images, UserStream, check_range, count, first_images
 from medtpp.backbones import Backbone
-from medtpp.config import PRETEXTS, TASKS, TUNERS, AugmentOptions, FinetuneOptions, Modality, StageOptions, TPPOptions
+from medtpp.config import (
+    PRETEXTS,
+    TASKS,
+    TUNERS,
+    AugmentOptions,
+    FinetuneOptions,
+    Modality,
+    Options,
+    TPPOptions,
+)
 from medtpp.data.augment import Augmenter
 from medtpp.data.fingerprints import Fingerprints
 from medtpp.data.preprocess import Preprocessing
 from medtpp.errors import ConfigError, DataError
 from medtpp.evaluation import Predictions
 from medtpp.files import prepare_folder
-from medtpp.inference.predict import image_cases, predict_files
+from medtpp.inference.cases import image_cases, relative_cases
+from medtpp.inference.ensemble import check_alike, head, share_weights
+from medtpp.inference.predict import predict_files
+from medtpp.inference.segment import Segmented, SegmentOptions, segment_files
 from medtpp.seeds import Seeds
 from medtpp.tasks.base import Task
 from medtpp.training.device import choose_precision, mixed, quiet_fabric
 from medtpp.training.finetune import SupervisedModule, resolve_finetune
 from medtpp.training.loop import Group, fit
 from medtpp.training.stage import PretextModule, number, schedule_of
-from medtpp.training.tpp import make_pretext, resolve_tpp, warm_up_head
+from medtpp.training.tpp import make_pretext, resolve_tpp, warm_up_heads
 from medtpp.tuners import TunedBackbone
 
-O = TypeVar("O", bound=StageOptions)  # noqa: E741  (options)
+Adapters = Adapter | Sequence[Adapter]
+Paths = str | Path | Sequence[str | Path]
+O = TypeVar("O", bound=Options)  # noqa: E741  (options)
 
 
 @dataclass(frozen=True)
@@ -122,7 +136,9 @@ def tpp(
         rate = TUNERS.get(model.tuner.name).learning_rate if isinstance(model, TunedBackbone) else 1e-3
         if isinstance(images, DataLoader) and images.batch_size:
             chosen = chosen.model_copy(update={"batch_size": images.batch_size})
-        chosen = resolve_tpp(chosen, images=number_of_images, learning_rate=rate, trained_head=trained_head)
+        chosen = resolve_tpp(
+            chosen, images=number_of_images, learning_rate=rate, spec=backbone.spec, trained_head=trained_head
+        )
         warmup = number(chosen.head_warmup)
         stream = UserStream(images, None, number(chosen.batch_size), seeds)
         fabric = _fabric(device, precision)
@@ -131,7 +147,7 @@ def tpp(
         )
         head = Group("pretext", dict(task.named_parameters()), chosen.head_learning_rate)
         if warmup:
-            warm_up_head(fabric, module, head, targets, stream, warmup)
+            warm_up_heads(fabric, module, [head], [targets], stream, warmup)
         after_step = model.after_step if isinstance(model, TunedBackbone) else None
         record = fit(fabric, module, [targets, head], stream, schedule_of(chosen), title="TPP", after_step=after_step)
     card = TPPCard(
@@ -187,7 +203,9 @@ def finetune(
     model.seen_channels = images.shape[1]
     seeds = Seeds(seed)
     rate = TUNERS.get(model.tuner.name).learning_rate
-    chosen = resolve_finetune(_options(FinetuneOptions, options), cases=len(images), learning_rate=rate)
+    chosen = resolve_finetune(
+        _options(FinetuneOptions, options), cases=len(images), learning_rate=rate, spec=model.spec, masks=False
+    )
     device = next(model.parameters()).device
     method = TASKS.get(task)
     head: Task = method(method.Options(), model.spec, classes, False, seeds)
@@ -250,19 +268,62 @@ def save(
     return Path(folder)
 
 
-def predict(adapter: Adapter, images: str | Path | Sequence[str | Path]) -> Predictions:
-    """Probabilities for image files or folders of images, in float32 on the adapter's device.
+@overload
+def predict(adapter: Adapters, images: Paths, output: None = None) -> Predictions: ...
+
+
+@overload
+def predict(adapter: Adapters, images: Paths, output: str | Path, **options: Any) -> Segmented: ...
+
+
+def predict(
+    adapter: Adapters,
+    images: Paths,
+    output: str | Path | None = None,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    **options: Any,
+) -> Predictions | Segmented:
+    """Probabilities of images or scans, or a mask for each; in float32 on the adapter's device.
+
+    Args:
+        adapter: With a head. Of several the probabilities are averaged; see `medtpp.inference.ensemble`.
+        images: Files, or folders of them.
+        output: In segmentation the folder for masks; not in classification.
+        resume: Keep the masks that are there.
+        overwrite: Replace what an earlier call wrote to `output`.
+        options: Fields of `SegmentOptions`: format, probabilities, flips, overlap.
 
     Raises:
-        DataError: A file cannot be read.
+        ConfigError: `output` is missing, or given in classification, or an option is not known.
+        DataError: A file cannot be read. The masks of the others are written.
+        WeightsError: An adapter has no head, or the adapters differ.
     """
-    paths = [images] if isinstance(images, str | Path) else list(images)
-    device = next(adapter.backbone.parameters()).device
-    result = predict_files(adapter, image_cases([Path(path) for path in paths]), device=device)
-    if result.unreadable or result.predictions is None:
-        problems = [f"{name}: {reason}" for name, reason in result.unreadable.items()]
-        raise DataError("Some images cannot be read.", problems)
-    return result.predictions
+    adapters = [adapter] if isinstance(adapter, Adapter) else list(adapter)
+    paths = [Path(path) for path in ([images] if isinstance(images, str | Path) else images)]
+    check_alike(adapters, [f"adapter {number}" for number in range(1, len(adapters) + 1)])
+    device = next(adapters[0].backbone.parameters()).device
+    for other in adapters[1:]:
+        share_weights(adapters[0].backbone, other.backbone)
+    cases = image_cases(paths, adapters[0].card.preprocessing)
+    dense = head(adapters[0])[0].dense
+    result: Predictions | Segmented | None
+    if dense and output is None:
+        raise ConfigError("This adapter writes masks. Name a folder: medtpp.predict(adapter, images, output).")
+    if not dense and (output is not None or resume or overwrite or options):
+        raise ConfigError("This adapter gives a table: medtpp.predict(adapter, images). Other arguments are for masks.")
+    if output is None:
+        found = predict_files(adapters, cases, device=device)
+        unreadable, result = found.unreadable, found.predictions
+    else:
+        folder, chosen = Path(output), _options(SegmentOptions, options)
+        cases = relative_cases(cases, paths, folder)
+        masks = segment_files(adapters, cases, folder, chosen, device=device, resume=resume, overwrite=overwrite)
+        unreadable, result = masks.unreadable, masks
+    if unreadable or result is None:
+        raise DataError("Some images cannot be read.", [f"{name}: {reason}" for name, reason in unreadable.items()])
+    return result
 
 
 def _reached(

@@ -1,14 +1,12 @@
-"""Probabilities for images: of a cache, or of files that were never seen before."""
+"""Class probabilities for images and scans that were never seen before."""
 
 from __future__ import annotations
 
 import os
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,44 +14,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from medtpp.adapter import Adapter
-from medtpp.backbones import Backbone
 from medtpp.data.case import Case
 from medtpp.data.decode import decode, read_bytes
 from medtpp.data.preprocess import Preprocessing
-from medtpp.data.sources import list_images
+from medtpp.data.volume_preprocess import VolumePreprocessing
 from medtpp.errors import DataError, WeightsError
 from medtpp.evaluation import Predictions
-from medtpp.tasks.base import Task
+from medtpp.inference.ensemble import check_alike, head
+from medtpp.inference.scans import ahead, read_ahead, reason
+from medtpp.inference.stored import network, over_patches
 
 BATCH = 64
-
-
-@torch.no_grad()
-def predict_rows(
-    backbone: Backbone,
-    task: Task,
-    images: NDArray[np.uint8],
-    rows: NDArray[np.int64],
-    *,
-    device: torch.device,
-    autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
-) -> Tensor:
-    """Logits (n, K) of some rows of an image cache, in their order, in float32 on the CPU.
-
-    Args:
-        backbone: Tuned, on `device`.
-        task: With its head, on `device`.
-        images: (N, C, S, S) uint8.
-        rows: (n,) which of them.
-        device: Where to compute.
-        autocast: For lower precision; float32 by default.
-    """
-    parts = []
-    for start in range(0, len(rows), BATCH):
-        batch = torch.from_numpy(images[rows[start : start + BATCH]]).to(device).float() / 255
-        with autocast():
-            parts.append(task(backbone.encode(batch)).float().cpu())
-    return torch.cat(parts)
 
 
 def as_predictions(
@@ -72,27 +43,6 @@ def as_predictions(
     )
 
 
-def image_cases(paths: Sequence[Path]) -> list[Case]:
-    """Cases for image files, and for all images in folders; ids are the paths as given.
-
-    Raises:
-        DataError: A path does not exist, a folder holds no images, or there is none at all.
-    """
-    cases: dict[str, Case] = {}
-    wrong = []
-    for path in paths:
-        names = list_images(path)[0] if path.is_dir() else []
-        if not path.exists():
-            wrong.append(f"{path} does not exist")
-        elif path.is_dir() and not names:
-            wrong.append(f"{path} holds no images")
-        for image in [path / name for name in names] if path.is_dir() else [path]:
-            cases.setdefault(image.as_posix(), Case(image.as_posix(), image))
-    if wrong:
-        raise DataError("There is nothing to predict in:", wrong)
-    return list(cases.values())
-
-
 @dataclass(frozen=True)
 class FilePredictions:
     """What `predict_files` gives.
@@ -108,69 +58,80 @@ class FilePredictions:
 
 @torch.no_grad()
 def predict_files(
-    adapter: Adapter,
+    adapters: Sequence[Adapter],
     cases: Sequence[Case],
     *,
     device: torch.device,
     progress: Callable[[int, int], None] | None = None,
 ) -> FilePredictions:
-    """Probabilities of image files. Memory is bounded by the batch; unreadable files are listed and the rest is done.
+    """Probabilities of images or scans. Memory is bounded by the batch; unreadable files are listed, the rest is done.
+
+    Args:
+        adapters: On `device`; probabilities are the mean of theirs.
+        cases: What to predict.
+        device: Where to compute.
+        progress: Called with the numbers of cases done and in all.
 
     Raises:
-        WeightsError: The adapter has no head.
+        WeightsError: The adapters have no head for classification, or differ.
     """
-    task, card = adapter.task, adapter.card
-    if task is None or card.task is None:
-        raise WeightsError("This adapter was pre-trained (TPP) but not fine-tuned, so it predicts nothing yet.")
-    adapter.backbone.to(device)
-    task.to(device)
+    check_alike(adapters, [f"adapter {number}" for number in range(1, len(adapters) + 1)])
+    task, card = head(adapters[0])
+    if task.dense:
+        raise WeightsError("This adapter segments: it has no probabilities of images to give.")
+    preprocessing = adapters[0].card.preprocessing
+    members = [(network(one.backbone, head(one)[0], device=device), head(one)[0]) for one in adapters]
     unreadable: dict[str, str] = {}
     readable: list[Case] = []
     parts: list[Tensor] = []
-    pending: list[NDArray[np.uint8]] = []
 
-    def flush() -> None:
-        if pending:
-            batch = torch.from_numpy(np.stack(pending)).to(device).float() / 255
-            parts.append(task.probabilities(task(adapter.backbone.encode(batch))).cpu())
-            pending.clear()
+    def flush(arrays: list[NDArray[Any]]) -> None:
+        if not arrays:
+            return
+        found = []
+        for logits, task in members:
+            if isinstance(preprocessing, Preprocessing):
+                values = logits(np.stack(arrays))
+            else:
+                values = torch.stack([over_patches(array, preprocessing.patch, logits) for array in arrays])
+            found.append(task.probabilities(values))
+        parts.append(torch.stack(found).mean(dim=0))
+        arrays.clear()
 
-    for done, (case, prepared) in enumerate(_prepared(cases, card.preprocessing), start=1):
-        if isinstance(prepared, str):
-            unreadable[case.id] = prepared
-        else:
-            readable.append(case)
-            pending.append(prepared)
-        if len(pending) == BATCH:
-            flush()
-        if progress:
-            progress(done, len(cases))
-    flush()
+    pending: list[NDArray[Any]] = []
+    at_once = BATCH if isinstance(preprocessing, Preprocessing) else 1
+    with closing(_arrays(cases, preprocessing)) as arrays:
+        for done, (case, array) in enumerate(arrays, start=1):
+            if isinstance(array, DataError):
+                unreadable[case.id] = reason(case, array)
+            else:
+                readable.append(case)
+                pending.append(array)
+            del array
+            if len(pending) == at_once:
+                flush(pending)
+            if progress:
+                progress(done, len(cases))
+    flush(pending)
     if not readable:
         return FilePredictions(None, unreadable)
-    predictions = as_predictions(readable, "", torch.cat(parts), card.task.classes, multilabel=card.task.multilabel)
+    predictions = as_predictions(readable, "", torch.cat(parts), card.classes, multilabel=card.multilabel)
     return FilePredictions(predictions, unreadable)
 
 
-def _prepared(cases: Sequence[Case], preprocessing: Preprocessing) -> Iterator[tuple[Case, NDArray[np.uint8] | str]]:
-    """Each case with its prepared image, or the reason why there is none; a few images are decoded ahead."""
+def _arrays(
+    cases: Sequence[Case], preprocessing: Preprocessing | VolumePreprocessing
+) -> Generator[tuple[Case, NDArray[Any] | DataError]]:
+    """Each case as the network sees it, or why it cannot; a few are decoded ahead."""
+    if isinstance(preprocessing, VolumePreprocessing):
+        for case, scan in read_ahead(cases, preprocessing):
+            yield case, scan if isinstance(scan, DataError) else scan.array
+        return
 
-    def prepare(path: Path) -> NDArray[np.uint8] | str:
+    def prepare(case: Case) -> NDArray[Any] | DataError:
         try:
-            return preprocessing.apply(decode(read_bytes(path)))
+            return preprocessing.apply(decode(read_bytes(case.image)))
         except DataError as error:
-            return error.message
+            return error
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        ahead: deque[tuple[Case, Future[NDArray[np.uint8] | str]]] = deque()
-        try:
-            for case in cases:
-                ahead.append((case, pool.submit(prepare, case.image)))
-                if len(ahead) > 2 * BATCH:
-                    first, future = ahead.popleft()
-                    yield first, future.result()
-            while ahead:
-                first, future = ahead.popleft()
-                yield first, future.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+    yield from ahead(prepare, cases, workers=os.cpu_count() or 1, depth=2 * BATCH)

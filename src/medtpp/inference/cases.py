@@ -1,0 +1,103 @@
+"""Cases for new images, which lie in no data set: files and folders that the user names."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from medtpp.data.case import Case
+from medtpp.data.preprocess import Preprocessing
+from medtpp.data.sources import PLANE_SUFFIXES, ImageFile, find_images, split_suffix
+from medtpp.data.sources.segmentation_folders import without_masks
+from medtpp.data.volume_preprocess import VolumePreprocessing
+from medtpp.errors import DataError
+
+# Suffixes of volumes, and of masks in the same format: one file, also where the volume has header and voxels apart.
+VOLUMES = {".nii": ".nii", ".nii.gz": ".nii.gz", ".nrrd": ".nrrd", ".nhdr": ".nrrd", ".mha": ".mha", ".mhd": ".mha"}
+
+
+def image_cases(paths: Sequence[Path], preprocessing: Preprocessing | VolumePreprocessing) -> list[Case]:
+    """Cases for image files, and for all images and scans in folders; ids are the paths as given.
+
+    Args:
+        paths: Files and folders.
+        preprocessing: Of the adapter. Where it wants several channels, nnU-Net's `CASE_0000.nii.gz`, `CASE_0001.nii.gz`
+            and so on make one case, `CASE.nii.gz`.
+
+    Raises:
+        DataError: A path does not exist, a folder holds no images, or there is none at all.
+    """
+    cases: dict[str, Case] = {}
+    wrong = []
+    for path in paths:
+        found = without_masks(find_images(path)[0]) if path.is_dir() else [ImageFile(path.name, path)]
+        if not path.exists():
+            wrong.append(f"{path} does not exist")
+        elif not found:
+            wrong.append(f"{path} holds no images")
+        for image in found:
+            name = (path / image.name).as_posix() if path.is_dir() else path.as_posix()
+            cases.setdefault(name, Case(name, image.image, patient=image.patient, files=image.files))
+    if wrong:
+        raise DataError("There is nothing to predict in:", wrong)
+    channels = len(preprocessing.windows) if isinstance(preprocessing, VolumePreprocessing) else 1
+    return _joined(list(cases.values()), channels)
+
+
+def relative_cases(cases: Sequence[Case], paths: Sequence[Path], output: Path) -> list[Case]:
+    """The same cases with ids relative to the folder that holds everything named, for files of the same names.
+
+    Args:
+        cases: As `image_cases` gives them.
+        paths: What it was given.
+        output: Where results go; what lies there is left out, since a second run would find the masks of the first.
+
+    Raises:
+        DataError: Nothing else is left.
+    """
+    above = os.path.commonpath([os.path.abspath(path if path.is_dir() else path.parent) for path in paths])  # noqa: PTH100
+    own = Path(os.path.abspath(output))  # noqa: PTH100  (links stay what they are called)
+    named: dict[str, Case] = {}
+    for case in cases:
+        place = Path(os.path.abspath(case.id))  # noqa: PTH100
+        if not place.is_relative_to(own):
+            name = place.relative_to(above).as_posix()
+            named.setdefault(name, replace(case, id=name))
+    if not named:
+        raise DataError(f"All images lie in the output folder {output}. Name another --output.")
+    return list(named.values())
+
+
+def is_dicom_case(case: Case) -> bool:
+    """Whether a case is DICOM, judged by names alone: what has no suffix of another format."""
+    return bool(case.files) or split_suffix(case.image.name)[1] not in {*PLANE_SUFFIXES, *VOLUMES}
+
+
+def stem_of(case: Case) -> str:
+    """The id without the suffix of a format. Names of DICOM files and folders may be UIDs, whose dots stay."""
+    stem, suffix = split_suffix(case.id)
+    known = suffix in {*PLANE_SUFFIXES, *VOLUMES, ".dcm", ".dicom", ".ima"}
+    return stem if known and not case.files else case.id
+
+
+def _joined(cases: Sequence[Case], channels: int) -> list[Case]:
+    """Files that hold one channel each, joined where there are as many as wanted."""
+    groups: dict[str, list[Case]] = defaultdict(list)
+    for case in cases:
+        stem, suffix = split_suffix(case.id)
+        match = re.fullmatch(r"(.+)_(\d{4})", stem, re.DOTALL)
+        # Numbered photographs are photographs: three channels are their colours.
+        single = channels == 1 or case.files or (channels == 3 and suffix in PLANE_SUFFIXES)
+        groups[case.id if single or match is None else match[1] + suffix].append(case)
+    joined = []
+    for name, group in groups.items():
+        numbers = [int(split_suffix(case.id)[0][-4:]) if len(group) > 1 else -1 for case in group]
+        if numbers == list(range(channels)):
+            joined.append(replace(group[0], id=name, channels=tuple(case.image for case in group[1:])))
+        else:
+            joined += group
+    return joined

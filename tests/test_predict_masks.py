@@ -1,0 +1,213 @@
+"""Masks of new scans, in the geometry of their scan and in every format."""
+
+import nibabel
+import numpy as np
+import pydicom
+import pytest
+import torch
+from PIL import Image
+
+import test_dicom as dicom
+from medtpp.adapter import load_adapter
+from medtpp.config import Window
+from medtpp.data.case import Case
+from medtpp.data.geometry import plain_geometry, same_grid
+from medtpp.data.preprocess import Preprocessing
+from medtpp.data.volumes import read_mask, read_volume
+from medtpp.errors import DataError
+from medtpp.inference.cases import image_cases, relative_cases, stem_of
+from medtpp.inference.sliding import SlidingWindow, as_member
+from medtpp.inference.write import write_mask
+from medtpp.tasks.segmentation import Segmentation
+from runs import cli, done, refused
+from segmenters import PATCH, adapter, in_training, scans, table
+from volumes import blobs
+
+
+@pytest.fixture
+def identity(monkeypatch):
+    """Segmentation that reads the labels off the image, certain of each; gives the windows that it saw."""
+    seen = []
+
+    def forward(self, features):
+        seen.append(features.images.clone())
+        levels = (features.images[:, :1] * 2).round()
+        if self.multilabel:  # 1 is the first structure alone, 2 both
+            return torch.cat([levels >= 1, levels >= 2], dim=1) * 40.0 - 20.0
+        return torch.cat([levels == number for number in range(3)], dim=1) * 40.0
+
+    monkeypatch.setattr(Segmentation, "forward", forward)
+    return seen
+
+
+@pytest.mark.parametrize("suffix", [".nii.gz", ".nii", ".nrrd", ".mha"])
+def test_masks_lie_on_the_voxels_of_their_scans(tmp_path, identity, suffix):
+    labels = scans(tmp_path / "in" / "deep", "a", suffix=suffix)["a"]
+    done("predict", adapter(tmp_path / "adapter"), tmp_path / "in", "-o", tmp_path / "out")
+    source, mask = (tmp_path / part / "deep" / f"a{suffix}" for part in ("in", "out"))
+    where = read_volume(Case("", source)).geometry
+    found = read_volume(Case("", mask))
+    assert found.geometry.known
+    assert same_grid(found.geometry, where, tolerance=1e-6)
+    assert np.array_equal(found.array[0], in_training(labels))
+    if ".nii" in suffix:
+        one, other = nibabel.load(source).header, nibabel.load(mask).header
+        for kind in ("get_sform", "get_qform", "get_zooms", "get_data_shape"):
+            np.testing.assert_array_equal(getattr(one, kind)(), getattr(other, kind)())
+    millilitres = [(labels == number).sum() * 2.3 * 0.7 * 1.1 / 1000 for number in (1, 2)]
+    for structure, expected in zip(("organ", "lesion"), millilitres, strict=True):
+        volume, unit = table(tmp_path / "out")[f"deep/a{suffix}", structure]
+        assert unit == "ml"
+        assert volume == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("spacing", [None, (1.5, 1.5, 1.5)])
+def test_what_the_command_writes_is_what_the_network_says(tmp_path, spacing):
+    """Without tricks: the same windows and the same way back by hand, where the grid stays and where it is coarser."""
+    folder = adapter(tmp_path / "adapter", spacing=spacing)
+    scans(tmp_path / "in", "a")
+    done("predict", folder, tmp_path / "in" / "a.nii.gz", "-o", tmp_path / "out", "--probabilities")
+    loaded = load_adapter(folder)
+    volume = read_volume(Case("", tmp_path / "in" / "a.nii.gz"))
+    array, restore = loaded.card.preprocessing.apply(volume)
+    window = SlidingWindow([as_member(loaded.backbone, loaded.task)], PATCH[3])
+    labels = read_mask(tmp_path / "out" / "a.nii.gz", volume.geometry)
+    assert np.array_equal(labels, in_training(window.scan_labels(array, restore)))
+    assert len(np.unique(labels)) > 1
+    maps = window.probabilities(array)
+    for number, name in enumerate(("organ", "lesion"), start=1):
+        written = read_volume(Case("", tmp_path / "out" / "a_probabilities" / f"{number}_{name}.nii.gz"))
+        np.testing.assert_allclose(written.array[0], restore.probability(maps[number]), atol=0.6 / 255)
+        assert same_grid(written.geometry, volume.geometry, tolerance=1e-5)
+
+
+def test_photographs_become_png(tmp_path, identity):
+    (tmp_path / "in").mkdir()
+    labels = blobs((40, 50), 0)
+    Image.fromarray(labels * np.uint8(120)).save(tmp_path / "in" / "a.png")
+    Image.fromarray(np.stack([labels * np.uint8(120)] * 3, axis=-1)).save(tmp_path / "in" / "b.bmp")
+    folder = adapter(tmp_path / "adapter", 2, windows=(Window(kind="fixed", low=0, high=240),), dtype="uint8")
+    done("predict", folder, tmp_path / "in", "-o", tmp_path / "out")
+    for name in "ab":
+        assert np.array_equal(np.asarray(Image.open(tmp_path / "out" / f"{name}.png")), in_training(labels))
+    assert table(tmp_path / "out")["a.png", "lesion"] == ((labels == 2).sum(), "px")
+    done("predict", folder, tmp_path / "in" / "a.png", "-o", tmp_path / "nifti", "--format", "nii.gz")
+    assert np.array_equal(read_mask(tmp_path / "nifti" / "a.nii.gz", plain_geometry(labels.shape)), in_training(labels))
+
+
+def test_dicom_series_become_dicom_segmentations_or_nifti(tmp_path, identity):
+    labels = blobs((9, 17, 20), 3)
+    images = dicom.slices(labels.astype(np.uint16), RescaleIntercept=0, FrameOfReferenceUID="1.2.3.4")
+    names = [f"1.2.840.1/{index * 7 % 11:02}" for index in range(len(images))]  # folders are called like this
+    files = dicom.save(tmp_path / "in", images, names)
+    nameless = dicom.slices(labels.astype(np.uint16), RescaleIntercept=0, SeriesInstanceUID="1.2.9")
+    dicom.save(tmp_path / "in", nameless, [name.replace("840.1", "840.2") for name in names])
+    folder = adapter(tmp_path / "adapter")
+    result = cli("predict", folder, tmp_path / "in", "-o", tmp_path / "seg")
+    assert result.status == 1  # the second series names no frame of reference
+    assert "not read: 1.2.840.2: a DICOM segmentation refers to its source by FrameOfReferenceUID" in result.text
+    where = read_volume(Case("", files[0], files=tuple(files))).geometry
+    assert np.array_equal(read_mask(tmp_path / "seg" / "1.2.840.1.dcm", where), labels)
+    segments = pydicom.dcmread(tmp_path / "seg" / "1.2.840.1.dcm").SegmentSequence
+    assert [segment.SegmentLabel for segment in segments] == ["organ", "lesion"]
+    more = done("predict", folder, tmp_path / "in", "-o", tmp_path / "nifti", "--format", "nii.gz", "--probabilities")
+    for name in ("1.2.840.1", "1.2.840.2"):
+        path = tmp_path / "nifti" / f"{name}.nii.gz"
+        assert np.array_equal(read_mask(path, where), in_training(labels))
+        assert (tmp_path / "nifti" / f"{name}_probabilities" / "2_lesion.nii.gz").is_file()
+    told = [path.read_bytes() for path in (tmp_path / "nifti").rglob("*") if path.is_file()]
+    told += [(tmp_path / "seg" / "volumes.csv").read_bytes(), (result.text + more.text).encode()]
+    assert not any(secret.encode() in text for secret in dicom.SECRETS for text in told)
+
+
+def test_structures_that_overlap_are_files_in_a_folder(tmp_path, identity):
+    labels = scans(tmp_path / "in", "a")["a"]
+    folder = adapter(tmp_path / "adapter", values=((1, 2), (2,)), overlapping=True)
+    done("predict", folder, tmp_path / "in", "-o", tmp_path / "out", "--probabilities")
+    where = read_volume(Case("", tmp_path / "in" / "a.nii.gz")).geometry
+    for number, name in ((1, "1_organ"), (2, "2_lesion")):
+        mask = read_mask(tmp_path / "out" / "a" / f"{name}.nii.gz", where)
+        assert np.array_equal(mask, labels >= number)
+        found = read_volume(Case("", tmp_path / "out" / "a_probabilities" / f"{name}.nii.gz")).array[0]
+        assert np.array_equal(found > 0.5, labels >= number)
+    sizes = table(tmp_path / "out")
+    assert sizes["a.nii.gz", "organ"][0] > sizes["a.nii.gz", "lesion"][0]
+
+
+def test_numbers_stand_for_structures_of_several_values(tmp_path, identity):
+    labels = scans(tmp_path / "in", "a")["a"]
+    for name, values in (("several", ((3, 4), (7,))), ("large", ((300,), (7,)))):
+        done("predict", adapter(tmp_path / name, values=values), tmp_path / "in", "-o", tmp_path / f"{name}_out")
+        where = read_volume(Case("", tmp_path / "in" / "a.nii.gz")).geometry
+        assert np.array_equal(read_mask(tmp_path / f"{name}_out" / "a.nii.gz", where), labels)
+
+
+def test_neighbouring_windows_overlap_and_flip_as_asked(tmp_path, identity):
+    scans(tmp_path / "in", "a", shape=(20, 20, 20))
+    folder = adapter(tmp_path / "adapter")
+    masks, counts = [], []
+    for name, options in (("0", ["--overlap", 0]), ("1", []), ("2", ["--overlap", 0.75]), ("3", ["--flips"])):
+        identity.clear()
+        done("predict", folder, tmp_path / "in", "-o", tmp_path / name, *options)
+        counts.append(sum(len(images) for images in identity))
+        masks.append((tmp_path / name / "a.nii.gz").read_bytes())
+    assert counts == [3 * 2 * 2, 4 * 2 * 2, 7 * 2 * 2, 8 * 4 * 2 * 2]
+    assert len(set(masks)) == 1  # the identity does not mind
+
+
+def test_channels_in_files_of_their_own_are_joined(tmp_path, identity):
+    names = [f"liver_000{channel}" for channel in range(3)]
+    labels = scans(tmp_path / "in", (*names, "spleen_0000", "x_0000", "x_0002"))
+    folder = adapter(tmp_path / "adapter", windows=(Window(kind="fixed", low=0, high=2),) * 3)
+    where = read_volume(Case("", tmp_path / "in" / "liver_0000.nii.gz")).geometry
+    for name in names:
+        write_mask(tmp_path / "in" / f"{name}.nii.gz", labels[name], where)
+    result = cli("predict", folder, tmp_path / "in", "-o", tmp_path / "out")
+    assert result.status == 1
+    assert "3 of 4 files" in result.text
+    for name in ("spleen_0000", "x_0000", "x_0002"):
+        assert f"not read: {name}.nii.gz: has 1 channels, but the data set has 3." in result.text
+    assert np.array_equal(read_mask(tmp_path / "out" / "liver.nii.gz", where), in_training(labels["liver_0000"]))
+    assert identity[0].shape[1] == 3
+    assert not torch.equal(identity[0][:, 0], identity[0][:, 1])
+
+
+def test_names_keep_dots_of_uids_and_folders_apart(tmp_path):
+    def stem(name, **fields):
+        return stem_of(Case(name, tmp_path / name, **fields))
+
+    assert stem("a/b.c.nii.gz") == "a/b.c"
+    assert stem("1.2.840.113", files=(tmp_path / "x",)) == "1.2.840.113"
+    assert stem("1.2.840.113") == "1.2.840.113"
+    assert stem("x.DCM") == "x"
+    for name in ("one/a.png", "two/a.png", "out/a.png"):
+        (tmp_path / name).parent.mkdir()
+        Image.new("L", (4, 4)).save(tmp_path / name)
+    options = Preprocessing(image_size=32, channels=1)
+
+    def names(*paths):
+        return [case.id for case in relative_cases(image_cases(paths, options), paths, tmp_path / "out")]
+
+    assert names(tmp_path) == ["one/a.png", "two/a.png"]  # and not what lies in the output folder
+    assert names(tmp_path / "one") == names(tmp_path / "one" / "a.png") == ["a.png"]
+    assert names(tmp_path / "one", tmp_path / "two" / "a.png") == ["one/a.png", "two/a.png"]
+    with pytest.raises(DataError, match="lie in the output folder"):
+        names(tmp_path / "out")
+
+
+def test_wishes_that_do_not_fit_are_refused(tmp_path):
+    scans(tmp_path / "in", "a")
+    (tmp_path / "in" / "a.nrrd").write_bytes(b"")
+    volumes, flat = adapter(tmp_path / "adapter"), adapter(tmp_path / "flat", 2)
+    out = ("-o", tmp_path / "out")
+    assert "a PNG holds no volume" in refused("predict", volumes, tmp_path / "in", *out, "--format", "png")
+    said = refused("predict", volumes, tmp_path / "in", *out, "--format", "dicom-seg")
+    assert "2 of 2 images are not: a.nii.gz, a.nrrd" in said
+    said = refused("predict", flat, tmp_path / "in", *out, "--format", "png")
+    assert "written to the same file" in said
+    assert "a.nii.gz and a.nrrd" in said
+    assert "names a folder" in refused("predict", volumes, tmp_path / "in", "-o", tmp_path / "masks.csv")
+    classifier = adapter(tmp_path / "classifier", task="classification")
+    said = refused("predict", classifier, tmp_path / "in", *out, "--flips", "--overlap", 0.1, "--resume")
+    assert "--flips, --overlap, --resume: for masks alone" in said
+    assert not (tmp_path / "out").exists()
