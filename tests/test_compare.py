@@ -1,17 +1,20 @@
 import csv
 import json
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 
 from medtpp.data.fingerprints import patient_hash
 from medtpp.errors import ConfigError, OutputError
+from medtpp.evaluation.bootstrap import Estimate
+from medtpp.evaluation.paired import Difference
 from medtpp.files import read_json
 from medtpp.report import write_report
 from medtpp.workflow.compare import Axes, Comparison, hold, open_comparison, summarise
 from medtpp.workflow.compare.comparison import Budget, Machine
 from medtpp.workflow.compare.plan import Arm, Cell, base_experiment, cell_experiment
+from medtpp.workflow.compare.words import Measure, sentence
 from medtpp.workflow.compare.work import Timing
 from runs import (
     cli,
@@ -27,6 +30,7 @@ from runs import (
     split_of,
     with_rows,
 )
+from segmented import write_masks
 
 CELL_FILES = (
     "finetune/adapter/adapter_model.safetensors",
@@ -152,15 +156,17 @@ def test_a_dry_run_writes_nothing(tmp_path, monkeypatch):
 def test_mistakes_are_told_together():
     text = refused(
         "compare", data_folder(), "--out", "x", "--init", "tpp,pissa", "--tuner", "lora,ssf,lora", "--arm", "short",
-        "--metric", "dice", "--margin", "-1",
+        "--metric", "beauty", "--margin", "-1",
     )  # fmt: skip
     for part in (
         "no init 'pissa'",
         "no arm 'short'",
-        "no metric 'dice'",
+        "no metric 'beauty'",
+        "margin is -1.0",
         "lora is named twice",
     ):
         assert part in text
+    assert "no metric dice of a classification" in refused(*compare_command(), "--dry-run", "--metric", "dice")
     assert "--out" in refused("compare", data_folder())
     assert "--init standard" in refused("compare", data_folder(), "--dry-run", "--tuner", "lora,linear")
     assert "hardware.devices=1" in refused("compare", data_folder(), "--dry-run", "--set", "hardware.devices=2")
@@ -217,7 +223,67 @@ def test_axes_grow_and_never_shrink():
     assert (both.inits, both.extras) == (("standard", "tpp"), ("full",))
     assert Axes.load(json.loads(json.dumps(asdict(both)))) == both
     with pytest.raises(ConfigError, match="--metric auc"):
-        Axes(metric="brier").joined(before)
+        Axes(metric="brier").joined(before.measured(masks=False))
+    begun = replace(before, metric="hd95", margin=1.5)
+    assert (now.joined(begun).metric, now.joined(begun).margin) == ("hd95", 1.5)
+
+
+@pytest.mark.parametrize(
+    ("axes", "masks", "expected"),
+    [
+        (Axes(), False, ("auc", 0.005)),
+        (Axes(), True, ("dice", 0.01)),
+        (Axes(metric="nsd"), True, ("nsd", 0.01)),
+        (Axes(metric="hd95"), True, ("hd95", 0.5)),
+        (Axes(metric="hd95", margin=2.0), True, ("hd95", 2.0)),
+        (Axes(metric="brier", margin=0.0), False, ("brier", 0.0)),
+    ],
+)
+def test_the_metric_and_its_margin_suit_the_task(axes, masks, expected):
+    found = axes.measured(masks=masks)
+    assert (found.metric, found.margin) == expected
+    with pytest.raises(ConfigError, match=f"no metric {found.metric} of a"):
+        found.measured(masks=not masks)
+
+
+@pytest.mark.parametrize(
+    ("measure", "value", "verdict", "said"),
+    [
+        (Measure("hd95", "HD95", "mm", 0.5), -0.8, "helps", "TPP helps: HD95 is 0.80 mm lower than with no TPP"),
+        (Measure("hd95", "HD95", "mm", 0.5), 0.1, "equivalent", "equivalent within 0.5 mm of HD95 (+0.10 ["),
+        (Measure("dice", "Dice", "", 0.01), 0.023, "helps", "TPP helps: Dice is 2.3 points higher than with no TPP"),
+        (Measure("dice", "Dice", "", 0.01), 0.005, "helps", "by less than the margin of 1 point:"),
+        (Measure("log_loss", "log loss", "", 0.01), -0.1, "no difference seen", "-0.100 of log loss"),
+    ],
+)
+def test_sentences_tell_the_unit(measure, value, verdict, said):
+    estimate = Estimate(value, value - 0.05, value + 0.05, 0.0)
+    gap = Difference(estimate, estimate, 0.01, dict.fromkeys(range(6), value))
+    assert said in sentence("lora", Arm("lora", "standard"), "5", gap, verdict, measure)
+
+
+def test_masks_are_compared_by_dice(tmp_path):
+    """Two arms, two label counts, one seed: the numbers of the cells are those of the comparison."""
+    data, out = write_masks(tmp_path / "data"), tmp_path / "out"
+    more = ("finetune.batch_size=4", "data.structures={body: 1, lesion: 2}", "hardware.threads=2")
+    said = done("compare", data, *settings(*more), "--labels", "5,all", "--seeds", "1", "--out", out)
+    assert max(len(line) for line in said.out.splitlines() if str(out) not in line) <= 80
+    assert "Dice, mean over the seeds" in said.text
+    rows = cells(out)
+    assert {row["status"] for row in rows} == {"done"}
+    assert {(row["labels"], row["n_train"]) for row in rows} >= {("5", "4")}
+    summary = read_json(out / "comparison.json")
+    assert (summary["metric"], summary["margin"], summary["metric_unit"]) == ("dice", 0.01, "")
+    for mean in summary["means"]:
+        (own,) = (row for row in rows if (row["arm"], row["labels"]) == (mean["arm"], mean["labels"]))
+        assert mean["value"] == pytest.approx(float(own["dice"]))
+    assert (out / "report.html").is_file()
+    assert not list(out.glob("cells/**/overlays"))
+    axes = Axes.load(read_json(out / "axes.json"))
+    opened = open_comparison(experiment(*more, data=data), axes, out, dry_run=True)
+    distances = summarise(replace(opened, axes=replace(axes, metric="hd95", margin=0.5)), out)
+    assert (distances.metric_unit, distances.higher_is_better) == ("px", False)
+    assert "px" in distances.differences[0].sentence
 
 
 def test_an_undefined_metric_is_told(tmp_path):

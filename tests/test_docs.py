@@ -29,7 +29,7 @@ from medtpp.workflow.experiment import load_experiment
 from medtpp.workflow.pretrain import load_job
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 SIZE = 64  # of the images and the network that stand in
 
 sys.path.insert(0, str(ROOT / "docs"))

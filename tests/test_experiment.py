@@ -269,3 +269,8 @@ def test_pretraining_has_settings_of_the_same_kind():
 def test_validate_names_the_source():
     with pytest.raises(ConfigError, match="mistakes in my file:"):
         validate(experiment_schema(), {}, "my file")
+
+
+def test_a_setting_adds_to_a_section_that_another_gave():
+    made = load_experiment(Path("data"), ["tpp={steps: 9, batch_size: 3}", "tpp.clip=2"])
+    assert (made.tpp.steps, made.tpp.batch_size, made.tpp.clip) == (9, 3, 2)

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 import medtpp.workflow.run as workflow
+from medtpp import backbones
 from medtpp.config import FinetuneOptions
 from medtpp.data.split import read_split
 from medtpp.errors import ConfigError, OutputError
@@ -302,6 +303,8 @@ def test_tpp_shows_what_it_did():
 
 def test_batches_divide_among_devices():
     options = FinetuneOptions()
-    assert resolve_finetune(options, cases=25, learning_rate=1e-3, devices=2).batch_size == 26
+    known = {"cases": 25, "learning_rate": 1e-3, "devices": 2, "masks": False}
+    known["spec"] = backbones.load("vit_tiny_patch16_224", weights="random", image_size=32).spec
+    assert resolve_finetune(options, **known).batch_size == 26
     with pytest.raises(ConfigError, match="does not divide"):
-        resolve_finetune(FinetuneOptions(batch_size=25), cases=25, learning_rate=1e-3, devices=2)
+        resolve_finetune(FinetuneOptions(batch_size=25), **known)

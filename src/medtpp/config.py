@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union
+from typing import Annotated, Any, Literal, Self, Union
 
-from pydantic import BaseModel, ConfigDict, Field, create_model
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, create_model, model_validator
 
 from medtpp.registry import Registry
 
@@ -24,6 +24,10 @@ Modality = Literal["unknown", "xray", "ct", "mri", "ultrasound", "pathology", "m
 Auto = Literal["auto"]
 Count = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(gt=0, le=1)]
+Probability = Annotated[float, Field(ge=0, le=1)]
+# {kidney: 1, tumour: 2}, {1: kidney, 2: tumour}, or regions of several values: {whole kidney: [1, 2], tumour: 2}
+MaskValues = dict[Annotated[str, Field(coerce_numbers_to_str=True)], StrictInt | StrictStr | list[StrictInt]]
 
 
 class Options(BaseModel):
@@ -43,18 +47,84 @@ class ColumnOptions(Options):
 
     image: str = Field("image", description="path of the image, relative to the manifest")
     label: str = Field("label", description="name of the class; empty: unlabelled")
+    mask: str = Field("mask", description="path of the segmentation, relative to the manifest; empty: none")
     patient: str = Field("patient", description="a pseudonym; images of a patient stay in one split")
     site: str = Field("site", description="hospital or scanner")
     split: str = Field("split", description="train, val or test")
 
 
 class AugmentOptions(Options):
-    """Whole-batch augmentation. `auto` values follow the modality."""
+    """Whole-batch augmentation; each effect meets a case with its own probability.
 
-    crop_min: float = Field(0.5, gt=0, le=1, description="smallest share of the area that a random crop keeps")
+    `auto` flips follow the modality, other `auto` values the task (in brackets: for classification; for segmentation).
+    """
+
+    crop_min: Share | Auto = Field("auto", description="smallest share of the area that a random crop keeps (0.5; 1)")
     flip_horizontal: bool | Auto = Field("auto", description="left-right flips; auto: not for X-ray, CT, MRI, unknown")
     flip_vertical: bool | Auto = Field("auto", description="upside-down flips; auto: microscopy and pathology alone")
-    intensity: float = Field(0.15, ge=0, le=1, description="strength of brightness, contrast and gamma changes")
+    rotation: Annotated[float, Field(ge=0, le=180)] | Auto = Field(
+        "auto", description="largest rotation in degrees, in 3D about each axis (0; 30)"
+    )
+    scaling: Annotated[float, Field(ge=0, le=1)] | Auto = Field(
+        "auto", description="0.4: between 1/1.4 and 1.4 times the size (0; 0.4)"
+    )
+    shear: Annotated[float, Field(ge=0, le=0.5)] | Auto = Field("auto", description="largest shear, a slope (0; 0.05)")
+    affine_probability: Probability = Field(0.2, description="of rotation, of scaling and of shear")
+    elastic: Annotated[float, Field(ge=0, le=0.4)] | Auto = Field(
+        "auto", description="largest move of control points, as a share of their distance, a quarter image (0; 0.3)"
+    )
+    elastic_probability: Probability = Field(0.2, description="of elastic deformation")
+    blur: Annotated[float, Field(ge=0, le=10)] | Auto = Field(
+        "auto", description="largest standard deviation of Gaussian blur in pixels; the smallest is half of it (0; 1)"
+    )
+    blur_probability: Probability = Field(0.15, description="of blur")
+    low_resolution: Annotated[float, Field(ge=0, lt=1)] | Auto = Field(
+        "auto", description="largest loss of resolution; 0.5: down to half the pixels along each axis (0; 0.5)"
+    )
+    low_resolution_probability: Probability = Field(0.15, description="of low resolution")
+    noise: Annotated[float, Field(ge=0, le=1)] | Auto = Field(
+        "auto", description="largest standard deviation of Gaussian noise, as a share of the range (0; 0.07)"
+    )
+    noise_probability: Probability = Field(0.1, description="of noise")
+    intensity: Annotated[float, Field(ge=0, le=1)] | Auto = Field(
+        "auto", description="strength of brightness, contrast and gamma changes (0.15; 0.25)"
+    )
+    intensity_probability: Probability | Auto = Field(
+        "auto", description="of brightness, of contrast and of gamma changes (1; 0.2)"
+    )
+
+
+class Window(Options):
+    """Which intensities of a channel become 0 and 1; what lies outside is cut off."""
+
+    kind: Literal["fixed", "percentiles"] = Field(description="of the values themselves, or of each scan's content")
+    low: float = Field(description="becomes 0")
+    high: float = Field(description="becomes 1")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if not self.low < self.high:
+            raise ValueError(f"low ({self.low:g}) must be below high ({self.high:g})")
+        if self.kind == "percentiles" and not 0 <= self.low < self.high <= 100:
+            raise ValueError("percentiles lie between 0 and 100")
+        return self
+
+
+class VolumeOptions(Options):
+    """How volumes, and images with masks, are prepared. `auto` is planned from the training cases; axes (D, H, W)."""
+
+    patch: tuple[Count, ...] | Auto = Field(
+        "auto", description="voxels that the network sees at once, a multiple of the backbone's patch"
+    )
+    spacing: tuple[Rate, ...] | Literal["auto", "none"] = Field(
+        "auto", description="in mm, that every scan is resampled to; none: as it is"
+    )
+    size: tuple[Count, ...] | Literal["auto", "none"] = Field(
+        "auto", description="voxels of every scan, in place of spacing; auto: of 2D images without a known spacing"
+    )
+    windows: tuple[Window, ...] | Auto = Field("auto", description="intensities that become 0 and 1, by channel")
+    air: float | Auto | None = Field("auto", description="content is brighter than this; null: than the darkest voxel")
+    crop: bool | Auto = Field("auto", description="keep the box of the content alone")
 
 
 class DataOptions(Options):
@@ -68,16 +138,22 @@ class DataOptions(Options):
     positive: str | None = Field(
         None, description="of two classes, the one that sensitivity is about; by default guessed from the names"
     )
+    structures: MaskValues = Field(
+        {}, description="names of the values in masks: {kidney: 1, tumour: 2}; a list of values makes a region"
+    )
     exclude: list[str] = Field([], description="case ids or patterns (*.png) to leave out")
     unlabelled: list[Path] = Field([], description="folders of further images without labels, for TPP")
     modality: Modality = Field("unknown", description="decides which flips are allowed")
     image_size: Count | Auto = Field(
-        "auto", description="side in pixels of what the backbone sees; auto: the backbone's own"
+        "auto",
+        description="side in pixels of what the backbone sees in 2D; auto: the backbone's own, with masks the images' "
+        "up to 256",
     )
     channels: Literal["auto", 1, 3] = Field(
         "auto", description="1 grey, 3 colour; auto: colour if one of 64 images has it"
     )
     fit: Literal["stretch", "pad"] = Field("stretch", description="how an image is made square")
+    volume: VolumeOptions = VolumeOptions()
     val_fraction: float = Field(0.15, gt=0, lt=1, description="share of the training cases held out for validation")
     test_fraction: float = Field(
         0.2, gt=0, lt=1, description="share of all cases held out, where no test split is given"
@@ -96,7 +172,22 @@ class BackboneOptions(Options):
     )
     weights: str = Field("pretrained", description="pretrained, random, or a local .safetensors / .pth file")
     revision: str | None = Field(None, description="revision of a hub repository")
-    patch_size: Count | None = Field(None, description="resample the patch embedding to this patch size")
+    dims: Literal[2, 3] | Auto = Field(
+        "auto", description="3: encode volumes, with the patch embedding inflated along depth; auto: as the data"
+    )
+    patch_size: Count | tuple[Count, ...] | None = Field(
+        None, description="resample the patch embedding to this patch size; for volumes [4, 8, 8] (depth first)"
+    )
+
+    channels: Count | None = Field(
+        None, description="of volumes: input channels, such as MRI sequences; by default as the data's"
+    )
+
+    @model_validator(mode="after")
+    def _one_side_for_each_axis(self) -> Self:
+        if isinstance(self.patch_size, tuple) and self.dims != "auto" and len(self.patch_size) != self.dims:
+            raise ValueError(f"patch_size has {len(self.patch_size)} numbers; dims is {self.dims}")
+        return self
 
 
 class StageOptions(Options):
@@ -121,6 +212,9 @@ class TPPOptions(StageOptions):
     head_learning_rate: float = Field(1e-3, gt=0, description="learning rate of the pretext head")
     head_warmup: Annotated[int, Field(ge=0)] | Auto = Field(
         "auto", description="steps in which a new pretext head trains alone; auto: max(200, 10%)"
+    )
+    decoder: bool = Field(
+        False, description="pre-train the decoder of a segmentation, too, by restoring hidden parts of images"
     )
     transductive: bool = Field(False, description="let TPP see validation and test images (flagged in the adapter)")
 
@@ -153,6 +247,14 @@ class LoggingOptions(Options):
     wandb: bool = Field(False, description="to the project medtpp of Weights & Biases")
 
 
+class AutoTask(MethodOptions):
+    """The task that the data set is made for."""
+
+    name: Literal["auto"] = Field(
+        "auto", description="auto: segmentation where there are masks, classification where there are labels"
+    )
+
+
 class Experiment(Options):
     """A whole experiment. Get the complete class, with every method's options, from `experiment_schema()`."""
 
@@ -176,9 +278,12 @@ def _rebuild(values: dict[str, Any]) -> Experiment:
     return experiment_schema().model_validate(values)
 
 
-def _methods(registry: Registry[Any], default: str) -> tuple[Any, Any]:
+def _methods(registry: Registry[Any], default: str | type[MethodOptions]) -> tuple[Any, Any]:
     options = tuple(entry.Options for _, entry in registry.items())
-    chosen = registry.get(default).Options
+    if isinstance(default, str):
+        chosen = registry.get(default).Options
+    else:
+        chosen, options = default, (*options, default)
     kind: Any = Union[options] if len(options) > 1 else options[0]  # noqa: UP007  (built at run time)
     field = Field(default_factory=chosen, discriminator="name") if len(options) > 1 else Field(default_factory=chosen)
     return kind, field
@@ -192,6 +297,6 @@ def experiment_schema() -> type[Experiment]:
         __base__=Experiment,
         tuner=_methods(TUNERS, "lora"),
         pretext=_methods(PRETEXTS, "mae"),
-        task=_methods(TASKS, "classification"),
+        task=_methods(TASKS, AutoTask),
     )
     return model

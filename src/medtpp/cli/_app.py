@@ -12,6 +12,7 @@ from medtpp.cli import (
     compare,
     doctor,
     evaluate,
+    export,
     finetune,
     init,
     listing,
@@ -56,6 +57,7 @@ app.command("tpp")(tpp.tpp)
 app.command("finetune")(finetune.finetune)
 app.command("evaluate")(evaluate.evaluate)
 app.command("predict")(predict.predict)
+app.command("export")(export.export)
 app.command("report")(report.report)
 app.command("pretrain")(pretrain.pretrain)
 app.command("list")(listing.list_)

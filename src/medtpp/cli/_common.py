@@ -16,9 +16,8 @@ from rich.text import Text
 if TYPE_CHECKING:
     from medtpp.config import Experiment
     from medtpp.data.cache import Progress
-    from medtpp.data.case import Dataset, ImageRecord, Problem
-    from medtpp.data.check import DatasetSummary
-    from medtpp.evaluation import Evaluation
+    from medtpp.data.case import Problem
+    from medtpp.evaluation import Evaluation, SegmentationEvaluation
     from medtpp.workflow.prepare import Prepared
 
 console = Console(highlight=False)
@@ -70,36 +69,9 @@ def show_problems(problems: Sequence[Problem]) -> None:
     """Errors and warnings, a paragraph each."""
     for problem in problems:
         style = "bold red" if problem.severity == "error" else "yellow"
-        # A command in the message stays on one line, to be copied.
-        command = "--set" in problem.message
-        console.print(Text.assemble((f"{problem.severity}:", style), " ", problem.message), soft_wrap=command)
-
-
-def show_summary(summary: DatasetSummary, title: str) -> None:
-    """A data set in numbers."""
-    table = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False)
-    table.add_column(style="bold")
-    table.add_column()
-    unlabelled = summary.cases - summary.labelled
-    table.add_row("cases", f"{summary.cases}" + (f" ({unlabelled} without label)" if unlabelled else ""))
-    table.add_row("classes", _counts(summary.classes))
-    for name, spread in (("width", summary.width), ("height", summary.height)):
-        if spread:
-            low, middle, high = spread
-            table.add_row(name, f"{low} px" if low == high else f"{low} to {high} px, median {middle:g}")
-    if summary.bits:
-        depth = ", ".join(f"{bits} bit: {count}" for bits, count in summary.bits.items())
-        table.add_row("depth", f"{depth}; {summary.colour or 'none'} in colour")
-    table.add_row("patients", str(summary.patients) if summary.patients else "unknown: every image counts as a patient")
-    if summary.sites:
-        table.add_row("sites", _counts(summary.sites))
-    for split, counts in summary.splits.items():
-        table.add_row(split, _counts(counts))
-    console.print(table)
-
-
-def _counts(counts: dict[str, int]) -> str:
-    return ", ".join(f"{name} {count}" for name, count in counts.items()) or "none"
+        for line in Text.assemble((f"{problem.severity}:", style), " ", problem.message).split("\n"):
+            # A command in the message stays on one line, to be copied.
+            console.print(line, soft_wrap="--set" in line.plain)
 
 
 def show_split(prepared: Prepared, *, tpp: bool) -> None:
@@ -115,7 +87,7 @@ def show_split(prepared: Prepared, *, tpp: bool) -> None:
     show_problems(prepared.problems)
 
 
-def show_evaluation(evaluation: Evaluation) -> None:
+def show_evaluation(evaluation: Evaluation | SegmentationEvaluation) -> None:
     """Metrics with intervals at 80 columns, and notes."""
     table = Table(title="Test", title_justify="left", show_header=False, box=None, pad_edge=False)
     table.add_column(style="bold")
@@ -146,13 +118,3 @@ def show_paths(**lines: object) -> None:
     width = max(9, *map(len, lines))
     for name, line in lines.items():
         console.print(f"[bold]{name:{width}}[/bold] {escape(str(line))}", soft_wrap=True)
-
-
-def checked(dataset: Dataset, records: dict[str, ImageRecord]) -> list[Problem]:
-    """Show a data set and its problems."""
-    from medtpp.data.check import check, describe
-
-    show_summary(describe(dataset, records), str(dataset.root))
-    problems = check(dataset, records)
-    show_problems(problems)
-    return problems

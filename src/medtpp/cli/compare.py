@@ -48,8 +48,17 @@ def compare(
         str | None,
         typer.Option(help="More arms: longer (equal time), linear, full.", show_default=False),
     ] = None,
-    metric: Annotated[str, typer.Option(help="What is compared, on the test cases.")] = "auc",
-    margin: Annotated[float, typer.Option(help="Differences below this do not matter; 0.005 is half a point.")] = 0.005,
+    metric: Annotated[
+        str, typer.Option(help="What is compared, on the test cases; auto: auc, and dice of masks (hd95, nsd).")
+    ] = "auto",
+    margin: Annotated[
+        float | None,
+        typer.Option(
+            help="Differences below this do not matter, in the metric's unit; by default half a point, of dice and nsd "
+            "one point, of hd95 0.5 mm.",
+            show_default=False,
+        ),
+    ] = None,
     jobs: Annotated[int | None, typer.Option(min=1, help="Processes at once; as many as fit by default.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the cells and the time they take.")] = False,
     modality: Modality = None,
@@ -164,18 +173,18 @@ def _follow(outcomes: Iterable[Outcome], total: int) -> None:
 
 def _show_means(summary: ComparisonFile) -> None:
     table = Table(
-        box=None, pad_edge=False, title_justify="left", title=f"\n{summary.metric_title}, mean over the seeds"
+        box=None, pad_edge=False, title_justify="left", title=f"\n{summary.title_with_unit}, mean over the seeds"
     )
     for name in ("labels", "arm", "mean", "95% interval", "seeds", "seconds"):
         table.add_column(name, justify="right" if name in ("seeds", "seconds") else "left")
-    before = ""
+    before, digits = "", summary.digits
     for mean in summary.means:
         spent = None if mean.seconds is None else mean.seconds + (mean.tpp_seconds or 0.0)
         table.add_row(
             mean.labels if mean.labels != before else "",
             mean.arm,
-            f"{mean.value:.3f}" if mean.value is not None else "undefined" if mean.seeds else "failed",
-            "" if mean.low is None else f"[{mean.low:.3f}, {mean.high:.3f}]",
+            f"{mean.value:.{digits}f}" if mean.value is not None else "undefined" if mean.seeds else "failed",
+            "" if mean.low is None else f"[{mean.low:.{digits}f}, {mean.high:.{digits}f}]",
             str(mean.seeds),
             "" if spent is None else f"{spent:.0f}",
         )
@@ -186,15 +195,18 @@ def _show_means(summary: ComparisonFile) -> None:
 def _show_differences(summary: ComparisonFile) -> None:
     if not summary.differences:
         return
-    table = Table(box=None, pad_edge=False, title_justify="left", title="\nTPP minus another arm, paired")
+    better = "" if summary.higher_is_better else ", lower is better"
+    title = f"\nTPP minus another arm, paired{better}"
+    table = Table(box=None, pad_edge=False, title_justify="left", title=title)
     for name in ("labels", "comparison", "gap", "95% interval", "verdict"):
         table.add_column(name)
+    digits = summary.digits
     for row in summary.differences:
         table.add_row(
             row.labels,
             f"{row.arm} - {row.baseline.removeprefix(row.arm.split()[0]).strip() or row.baseline}",
-            "" if row.value is None else f"{row.value:+.3f}",
-            "" if row.low is None else f"[{row.low:+.3f}, {row.high:+.3f}]",
+            "" if row.value is None else f"{row.value:+.{digits}f}",
+            "" if row.low is None else f"[{row.low:+.{digits}f}, {row.high:+.{digits}f}]",
             row.verdict,
         )
     console.print(table)

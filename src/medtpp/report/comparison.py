@@ -178,7 +178,7 @@ def _efficiency(file: ComparisonFile, arms: dict[str, Series]) -> Markup | None:
             point = (file.label_counts[mean.labels], mean.value, mean.low, mean.high)
             lines.setdefault(arms[mean.arm], []).append(point)
     points = {series: sorted(line) for series, line in lines.items()}
-    return figures.efficiency_figure(points, file.metric_title) if points else None
+    return figures.efficiency_figure(points, file.title_with_unit) if points else None
 
 
 @dataclass(frozen=True)

@@ -38,22 +38,32 @@ def pretext_curve(log: pd.DataFrame) -> Markup:
         return to_svg(figure, "pretext")
 
 
-def finetune_curve(log: pd.DataFrame, best: int | None) -> Markup:
-    """Training and validation loss over the steps; the step whose weights were kept is marked."""
+def finetune_curve(log: pd.DataFrame, best: int | None, *, dice: bool = False) -> Markup:
+    """Training loss and score on the validation cases over the steps; the step whose weights were kept is marked.
+
+    Args:
+        log: Of the stage.
+        best: The step.
+        dice: Whether the score is the mean Dice, which has a panel of its own, and not minus the loss.
+    """
+    seen = log[log.validation.notna()] if "validation" in log else None
     with plotting():
-        figure, (axes,) = panels(height=3.2)
+        figure, all_axes = panels(2 if dice and seen is not None else 1, height=3.2)
+        axes = all_axes[0]
         _plot_loss(axes, log)
         axes.set_title("loss")
-        if "validation" in log:
-            # The score that the stage maximises is minus the loss on the validation cases.
-            seen = log[log.validation.notna()]
-            axes.plot(seen.step, -seen.validation, marker=VALIDATION.marker, markersize=4, **VALIDATION.line)
-            if best in set(seen.step):
-                value = -float(seen.validation[seen.step == best].iloc[0])
-                axes.axvline(best, color=INK, linewidth=1, linestyle=(0, (2, 2)))
-                axes.plot([best], [value], marker="o", markeredgecolor=INK, **_RING)
         axes.set_ylim(bottom=0)
-        _steps(axes)
+        if seen is not None:
+            scored = seen.validation if dice else -seen.validation
+            lower = all_axes[-1]
+            lower.plot(seen.step, scored, marker=VALIDATION.marker, markersize=4, **VALIDATION.line)
+            if dice:
+                lower.set_title("mean Dice, validation cases")
+            if best in set(seen.step):
+                value = float(scored[seen.step == best].iloc[0])
+                lower.axvline(best, color=INK, linewidth=1, linestyle=(0, (2, 2)))
+                lower.plot([best], [value], marker="o", markeredgecolor=INK, **_RING)
+        _steps(all_axes[-1])
         return to_svg(figure, "finetune")
 
 

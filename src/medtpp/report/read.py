@@ -146,8 +146,13 @@ class Picture:
     height: int
 
 
-def read_picture(path: Path, longest: int = 1200) -> Picture:
+def read_picture(path: Path, longest: int = 1200, *, lossless: bool = False) -> Picture:
     """An image, made smaller where a side is longer than `longest` pixels, as WebP.
+
+    Args:
+        path: The image.
+        longest: In pixels.
+        lossless: For thin coloured lines, which lossy compression blurs.
 
     Raises:
         DataError: It is missing or broken.
@@ -159,6 +164,6 @@ def read_picture(path: Path, longest: int = 1200) -> Picture:
         raise DataError(f"The image {path} cannot be read ({type(error).__name__}). {_REMEDY}") from error
     image.thumbnail((longest, longest))
     data = io.BytesIO()
-    image.save(data, format="WEBP", quality=85)
+    image.save(data, format="WEBP", quality=85, lossless=lossless)
     text = base64.b64encode(data.getvalue()).decode("ascii")
     return Picture(f"data:image/webp;base64,{text}", image.width, image.height)

@@ -7,6 +7,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from medtpp.evaluation.paired import Verdict
+from medtpp.evaluation.segmentation_table import METRICS, Unit
 
 
 class FileModel(BaseModel):
@@ -31,8 +32,14 @@ class BootstrapFile(FileModel):
     unit: Literal["patient", "case"]
 
 
+class EvaluatedFile(FileModel):
+    """evaluation/evaluation.json of any task."""
+
+    task: Literal["classification", "segmentation"] = "classification"
+
+
 class EvaluationFile(FileModel):
-    """evaluation/evaluation.json."""
+    """evaluation/evaluation.json of a classification."""
 
     n_cases: int
     n_patients: int
@@ -55,6 +62,37 @@ class EvaluationFile(FileModel):
             raise ValueError(f"the positive class {self.positive!r} is none of the classes")
         if not {"auc", "ece"} <= set(self.metrics):
             raise ValueError("metrics lacks auc or ece")
+        return self
+
+
+class StructureFile(FileModel):
+    """How one structure came out."""
+
+    n: int
+    absent: int
+    missed: int
+    invented: int
+    metrics: dict[str, MetricFile]
+
+
+class SegmentationFile(FileModel):
+    """evaluation/evaluation.json of a segmentation."""
+
+    n_cases: int
+    n_patients: int
+    unit: Unit
+    tolerance: float
+    metrics: dict[str, MetricFile]
+    structures: dict[str, StructureFile]
+    bootstrap: BootstrapFile
+    notes: list[str]
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        for where in (self.metrics, *(structure.metrics for structure in self.structures.values())):
+            lacking = set(METRICS) - set(where)
+            if lacking:
+                raise ValueError(f"metrics lack {', '.join(sorted(lacking))}")
         return self
 
 
@@ -89,7 +127,27 @@ class BackboneFile(FileModel):
     """Which backbone an adapter belongs to."""
 
     architecture: str
-    image_size: int
+    image_size: int | tuple[int, ...]
+
+    @property
+    def sides(self) -> tuple[int, ...]:
+        """Of what the network sees; one for all where they are equal."""
+        return self.image_size if isinstance(self.image_size, tuple) else (self.image_size,)
+
+
+class PreprocessingFile(FileModel):
+    """How images were prepared: photographs have an image size, scans and images with masks a patch."""
+
+    image_size: int | None = None
+    patch: tuple[int, ...] | None = None
+    size: tuple[int, ...] | None = None
+    spacing: tuple[float, ...] | None = None
+
+
+class TaskFile(FileModel):
+    """What the head predicts."""
+
+    options: dict[str, Any] = {}
 
 
 class TPPFile(FileModel):
@@ -104,7 +162,9 @@ class AdapterFile(FileModel):
 
     backbone: BackboneFile
     versions: dict[str, str]
+    preprocessing: PreprocessingFile = PreprocessingFile()
     tpp: TPPFile | None = None
+    task: TaskFile | None = None
 
 
 class MistakeFile(FileModel):
@@ -115,6 +175,32 @@ class MistakeFile(FileModel):
     predicted: str
     probability: float
     image: str
+
+
+class PictureFile(FileModel):
+    """One picture of an overlay."""
+
+    plane: str
+    image: str
+
+
+class StructureOverlayFile(FileModel):
+    """How one structure of a shown case came out."""
+
+    name: str
+    dice: float | None
+    hd95: float | None
+
+
+class OverlayFile(FileModel):
+    """An entry of evaluation/overlays/overlays.json."""
+
+    kind: Literal["best", "median", "worst"]
+    case: str
+    dice: float | None
+    hd95: float | None
+    structures: list[StructureOverlayFile]
+    pictures: list[PictureFile]
 
 
 class ArmFile(FileModel):
@@ -190,6 +276,7 @@ class ComparisonFile(FileModel):
     data: str
     metric: str
     metric_title: str
+    metric_unit: Literal["", "mm", "px"] = ""
     higher_is_better: bool
     margin: float
     level: float
@@ -220,3 +307,18 @@ class ComparisonFile(FileModel):
                 f"means or differences are of arms or label counts that are not listed: {', '.join(unknown)}"
             )
         return self
+
+    @property
+    def masks(self) -> bool:
+        """Whether the task is a segmentation."""
+        return self.metric in METRICS
+
+    @property
+    def title_with_unit(self) -> str:
+        """The metric with its unit, for tables and axes."""
+        return f"{self.metric_title} ({self.metric_unit})" if self.metric_unit else self.metric_title
+
+    @property
+    def digits(self) -> int:
+        """How many digits of the metric are worth showing: those of a hundredth of a mm, or a tenth of a point."""
+        return 2 if self.metric_unit else 3

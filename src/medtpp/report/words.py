@@ -5,7 +5,7 @@ from __future__ import annotations
 from medtpp.evaluation.evaluate import metric_title
 from medtpp.report.curves import ClassCurve
 from medtpp.report.page import number, percent, plural
-from medtpp.report.schema import EvaluationFile, MetricFile, StageFile
+from medtpp.report.schema import EvaluationFile, MetricFile, SegmentationFile, StageFile
 
 # Name to meaning, and whether the metric lies between 0 and 1 with 1 the best.
 METRICS: dict[str, tuple[str, bool]] = {
@@ -59,14 +59,22 @@ def answer(evaluation: EvaluationFile, curves: list[ClassCurve], tpp: StageFile 
     if auc.low is not None and auc.low <= 0.5:
         found.append("The interval includes 0.5, the value of guessing.")
     found += [_decisions(positive)] if positive else _per_class(evaluation, curves)
-    if evaluation.n_cases < _FEW_CASES:
-        found.append("With so few test cases the intervals say more than the numbers.")
-    if tpp is None:
-        found.append("Fine-tuning began from the tuner's own start, without target parameter pre-training (TPP).")
-    else:
-        found.append("Fine-tuning began from target parameters that were pre-trained without labels (TPP).")
-    found.append("One run cannot say whether TPP helps; that takes a comparison over several seeds.")
-    return found
+    return [*found, *_caveats(evaluation.n_cases, tpp)]
+
+
+def _caveats(n_cases: int, tpp: StageFile | None) -> list[str]:
+    """What to keep in mind with a run of any task."""
+    began = (
+        "from the tuner's own start, without target parameter pre-training (TPP)"
+        if tpp is None
+        else "from target parameters that were pre-trained without labels (TPP)"
+    )
+    few = ["With so few test cases the intervals say more than the numbers."] if n_cases < _FEW_CASES else []
+    return [
+        *few,
+        f"Fine-tuning began {began}.",
+        "One run cannot say whether TPP helps; that takes a comparison over several seeds.",
+    ]
 
 
 def _decisions(curve: ClassCurve) -> str:
@@ -91,6 +99,36 @@ def _per_class(evaluation: EvaluationFile, curves: list[ClassCurve]) -> list[str
             f"(AUC {number(values[worst])})."
         )
     return found
+
+
+def segmentation_answer(evaluation: SegmentationFile, tpp: StageFile | None) -> list[str]:
+    """The result of a segmentation in one paragraph, sentence by sentence."""
+    unit = f" of {plural(evaluation.n_patients, 'patient')}" if evaluation.bootstrap.unit == "patient" else ""
+    where = f"On {plural(evaluation.n_cases, 'test case')}{unit}"
+    dice, hd95, nsd = (evaluation.metrics[name] for name in ("dice", "hd95", "nsd"))
+    if dice.value is None:
+        return [f"{where} there is nothing to outline, and nothing was predicted: the metrics are undefined."]
+    around = interval(dice, evaluation.bootstrap.level)
+    named = list(evaluation.structures)
+    what = f"“{named[0]}”" if len(named) == 1 else f"{len(named)} structures, each counting alike,"
+    found = [
+        f"{where}, the predicted masks of {what} agree with the true ones with a mean Dice of {number(dice.value)}"
+        + (f" ({around})." if around else "."),
+        f"Nineteen in twenty points of an outline lie within {number(hd95.value, 1)} {evaluation.unit} of the other "
+        f"outline (mean HD95), and {percent(nsd.value)} of the outlines within {evaluation.tolerance:g} "
+        f"{evaluation.unit} (NSD).",
+    ]
+    known = {name: one.metrics["dice"].value for name, one in evaluation.structures.items()}
+    values = {name: value for name, value in known.items() if value is not None}
+    if len(values) > 1:
+        best, worst = max(values, key=values.__getitem__), min(values, key=values.__getitem__)
+        found.append(
+            f"“{best}” is outlined best (Dice {number(values[best])}), “{worst}” worst (Dice {number(values[worst])})."
+        )
+    missed = sum(one.missed for one in evaluation.structures.values())
+    if missed:
+        found.append(f"A structure that is there is missed altogether {plural(missed, 'time')}.")
+    return [*found, *_caveats(evaluation.n_cases, tpp)]
 
 
 def effect(tpp: StageFile) -> list[str]:

@@ -166,7 +166,7 @@ def _apply(values: CommentedMap, setting: str) -> None:
         if isinstance(child, str) and key in _METHODS:
             child = CommentedMap({"name": child})
         if not isinstance(child, CommentedMap):
-            child = CommentedMap()
+            child = CommentedMap(child if isinstance(child, Mapping) else {})  # such as of --set 'tpp={steps: 9}'
         _put(node, key, child)
         node = child
     if keys[-1] == "name" and len(keys) == 2 and keys[0] in _METHODS and node.get("name") != value:
@@ -230,7 +230,7 @@ def _mistakes(model: type[BaseModel], values: Any, errors: Sequence[ErrorDetails
 def _location(values: Any, error: ErrorDetails) -> Location:
     """The field of a mistake, without what pydantic adds for the members of unions."""
     parts = list(error["loc"])
-    if len(parts) > 1 and parts[0] in _METHODS and parts[1] in _METHODS[parts[0]].names():
+    if len(parts) > 1 and parts[0] in _METHODS and parts[1] in (*_METHODS[parts[0]].names(), "auto"):
         del parts[1]
     for depth, part in enumerate(parts):
         try:
@@ -269,7 +269,7 @@ def _unknown_name(model: type[BaseModel], values: Any, location: Location, error
         owners = [other for other, entry in registry.items() if name in entry.Options.model_fields]
         if owners:
             return f"{method} has no such option; {', '.join(owners)} has. Choose it with --set {location[0]}.name=..."
-        known = sorted(registry.get(method).Options.model_fields)
+        known = sorted(registry.get(method).Options.model_fields) if method != "auto" else ["name"]
     else:
         known = _known_fields(model, location[:-1])
     near = difflib.get_close_matches(name, known, n=1)
@@ -307,6 +307,8 @@ def _commented(model: BaseModel) -> CommentedMap:
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     return str(value) if isinstance(value, Path) else value

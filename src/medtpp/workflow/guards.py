@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from medtpp.adapter import AdapterCard, TaskCard
+from medtpp.data.case import Structure
 from medtpp.errors import ConfigError, DataError, WeightsError
 from medtpp.workflow.experiment import load_experiment
 from medtpp.workflow.prepare import Prepared
@@ -31,8 +33,10 @@ def require_fit(prepared: Prepared, adapter: Path, card: AdapterCard) -> None:
         unknown = sorted(set(dataset.classes).difference(card.task.classes))
         if unknown:
             problems.append(f"classes it does not know: {', '.join(unknown)} (it knows {', '.join(card.task.classes)})")
-        if dataset.multilabel != card.task.multilabel:
+        if not dataset.structures and dataset.multilabel != card.task.multilabel:
             problems.append(f"data.multilabel is {dataset.multilabel}, and {card.task.multilabel} in the adapter")
+        if dataset.structures != card.task.structures:
+            problems.append(f"structures {_named(dataset.structures)}, not {_named(card.task.structures)}")
     if prepared.preprocessing != card.preprocessing:
         problems.append(f"images prepared otherwise: {prepared.preprocessing}, not {card.preprocessing}")
     if problems:
@@ -57,6 +61,10 @@ def refuse_changes(out: Path, prepared: Prepared) -> None:
             "Use --overwrite, or another --out. What differs:",
             differing,
         )
+
+
+def _named(structures: Sequence[Structure]) -> str:
+    return ", ".join(f"{one.name} ({', '.join(map(str, one.values))})" for one in structures) or "none"
 
 
 def _fields(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

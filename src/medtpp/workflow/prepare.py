@@ -1,40 +1,40 @@
-"""From an experiment to data ready for training: read, decoded once, checked, split; `auto` values answered."""
+"""From an experiment to data ready for training: read, stored once, checked, split; `auto` values answered."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from medtpp import backbones
 from medtpp.config import TUNERS, Experiment
-from medtpp.data.augment import resolve as resolve_augment
-from medtpp.data.cache import ImageCache, build
-from medtpp.data.case import Case, Dataset, ImageRecord, Problem
+from medtpp.data.cache import ImageCache, Progress
+from medtpp.data.case import Case, Dataset, Problem, Record
 from medtpp.data.check import check, raise_errors
-from medtpp.data.decode import probe_colour
 from medtpp.data.fingerprints import Fingerprints
 from medtpp.data.preprocess import Preprocessing
 from medtpp.data.read import read_dataset, read_unlabelled
 from medtpp.data.split import draw_labels, make_split, read_split, split_problems, tpp_cases
+from medtpp.data.store import VolumeStore
+from medtpp.data.volume_preprocess import VolumePreprocessing
 from medtpp.errors import ConfigError, DataError
 from medtpp.seeds import Seeds
+from medtpp.training.dense import require_decoder
 from medtpp.training.finetune import resolve_finetune
-from medtpp.training.stage import StageData
+from medtpp.training.stage import StageData, augmenter_of
 from medtpp.training.tpp import make_pretext, require_targets, resolve_tpp
-
-Progress = Callable[[int, int], None]
+from medtpp.workflow.images import are_photographs, scan, store_photographs, store_volumes, with_task
 
 
 @dataclass(frozen=True)
 class PreparedData:
-    """The data of an experiment: read, decoded once, checked and split. Neither seed, tuner nor labels matter any more.
+    """The data of an experiment: read, stored once, checked and split. Neither seed, tuner nor labels matter any more.
 
     Attributes:
         dataset: The labelled cases and what the source found.
-        cache: Prepared images of all cases, the unlabelled ones included.
-        records: What decoding told, by case id.
+        store: Prepared images of all cases, the unlabelled ones included.
+        records: What reading each told, by case id.
         preprocessing: How images were prepared.
         whole_split: "train", "val" or "test" by case id.
         tpp: Cases that TPP may see.
@@ -44,9 +44,9 @@ class PreparedData:
     """
 
     dataset: Dataset
-    cache: ImageCache
-    records: dict[str, ImageRecord]
-    preprocessing: Preprocessing
+    store: ImageCache | VolumeStore
+    records: Mapping[str, Record]
+    preprocessing: Preprocessing | VolumePreprocessing
     whole_split: dict[str, str]
     tpp: tuple[Case, ...]
     excluded: tuple[str, ...]
@@ -55,7 +55,7 @@ class PreparedData:
 
     def data(self, cases: Iterable[Case]) -> StageData:
         """Some cases as a stage takes them."""
-        return StageData(self.cache, tuple(cases))
+        return StageData(self.store, tuple(cases))
 
     def fingerprints(self, cases: Iterable[Case]) -> Fingerprints:
         """Fingerprints of some cases."""
@@ -99,7 +99,7 @@ def prepare(
         DataError: The data cannot be used; all reasons are listed.
         ConfigError: Methods do not fit together.
     """
-    dataset = read_dataset(experiment.data)
+    experiment, dataset = with_task(experiment, read_dataset(experiment.data))
     if all_test:
         dataset = dataset.with_cases(tuple(replace(case, split=None) for case in dataset.cases))
     positive = experiment.data.positive
@@ -109,10 +109,15 @@ def prepare(
         )
     wanted = experiment.data.unlabelled if experiment.tpp.enabled else []
     unlabelled = read_unlabelled(wanted) if wanted else ()
-    backbone = backbones.load(experiment.backbone, image_size=_given(experiment.data.image_size))
-    preprocessing = _preprocessing(experiment, backbone, [case.image for case in dataset.cases])
-    cache = build([*dataset.cases, *unlabelled], preprocessing, progress=progress)
-    records = {record.case: record for record in cache.records}
+    every = [*dataset.cases, *unlabelled]
+    records: Mapping[str, Record]
+    stored = None
+    if are_photographs(experiment, every):
+        stored = store_photographs(experiment, dataset, unlabelled, progress)
+        records = {record.case: record for record in stored.store.records}
+    else:
+        scans, dataset = scan(experiment, dataset, unlabelled, progress)
+        records = scans
     problems = check(dataset, records)
     raise_errors(dataset, problems)
     whole = _whole_split(experiment, dataset, records, split_file, all_test=all_test)
@@ -125,18 +130,23 @@ def prepare(
             "test case are left out; other images of their patients are not: see to it that there are none."
         )
         problems.append(Problem("warning", "unlabelled-without-patients", text))
+    if stored is None:
+        used = [case for case in every if case.id in whole or case in seen]
+        train = [case for case in used if whole.get(case.id) == "train"] or used
+        stored = store_volumes(experiment, dataset, scans, train, used, progress)
+    backbone = backbones.load(stored.experiment.backbone, image_size=stored.preprocessing.patch)
     data = PreparedData(
         dataset=dataset,
-        cache=cache,
+        store=stored.store,
         records=records,
-        preprocessing=preprocessing,
+        preprocessing=stored.preprocessing,
         whole_split=whole,
         tpp=tuple(seen),
         excluded=tuple(excluded),
         problems=tuple(problems),
         backbone_sha256=backbone.spec.sha256,
     )
-    prepared = arrange(data, experiment, backbone)
+    prepared = arrange(data, stored.experiment, backbone)
     if all_test:
         return prepared
     return replace(prepared, problems=(*data.problems, *split_problems(dataset, prepared.split)))
@@ -157,7 +167,7 @@ def arrange(data: PreparedData, experiment: Experiment, backbone: backbones.Back
     labels, split = experiment.data.labels, data.whole_split
     if labels != "all" and {"train", "val"} & set(split.values()):
         split = draw_labels(data.dataset, split, labels, Seeds(experiment.seed))
-    backbone = backbone or backbones.load(experiment.backbone, image_size=data.preprocessing.image_size)
+    backbone = backbone or backbones.load(experiment.backbone, image_size=data.preprocessing.patch)
     train = sum(part == "train" for part in split.values())
     resolved = _resolve(experiment, data.preprocessing, backbone, train, len(data.tpp))
     fields = {field.name: getattr(data, field.name) for field in dataclasses.fields(PreparedData)}
@@ -167,7 +177,7 @@ def arrange(data: PreparedData, experiment: Experiment, backbone: backbones.Back
 def _whole_split(
     experiment: Experiment,
     dataset: Dataset,
-    records: dict[str, ImageRecord],
+    records: Mapping[str, Record],
     split_file: Path | None,
     *,
     all_test: bool,
@@ -189,39 +199,31 @@ def _whole_split(
     return whole
 
 
-def _given(value: int | str) -> int | None:
-    return value if isinstance(value, int) else None
-
-
-def _preprocessing(experiment: Experiment, backbone: backbones.Backbone, images: list[Path]) -> Preprocessing:
-    channels = experiment.data.channels
-    return Preprocessing(
-        image_size=backbone.spec.image_size[0],
-        channels=(3 if probe_colour(images) else 1) if channels == "auto" else channels,
-        fit=experiment.data.fit,
-    )
-
-
 def _resolve(
-    experiment: Experiment, preprocessing: Preprocessing, backbone: backbones.Backbone, train: int, seen: int
+    experiment: Experiment,
+    preprocessing: Preprocessing | VolumePreprocessing,
+    backbone: backbones.Backbone,
+    train: int,
+    seen: int,
 ) -> Experiment:
     """Answer every `auto` that the data and the backbone decide.
 
     Raises:
         ConfigError: TPP is asked of a tuner without target parameters, or the pretext task does not fit the backbone.
     """
-    data = experiment.data.model_copy(
-        update={
-            "image_size": preprocessing.image_size,
-            "channels": preprocessing.channels,
-            "augment": resolve_augment(experiment.data.augment, experiment.data.modality),
-        }
-    )
-    devices = experiment.hardware.devices
+    update: dict[str, object] = {"augment": augmenter_of(experiment, preprocessing).options}
+    if isinstance(preprocessing, Preprocessing):
+        update |= {"image_size": preprocessing.image_size, "channels": preprocessing.channels}
+    devices, spec = experiment.hardware.devices, backbone.spec
     rate, tpp = TUNERS.get(experiment.tuner.name).learning_rate, experiment.tpp
     if tpp.enabled:
         require_targets(experiment)
+        require_decoder(experiment)
         _, trained_head = make_pretext(experiment.pretext, backbone, Seeds(experiment.seed))
-        tpp = resolve_tpp(tpp, images=seen, learning_rate=rate, trained_head=trained_head, devices=devices)
-    finetune = resolve_finetune(experiment.finetune, cases=train, learning_rate=rate, devices=devices)
+        tpp = resolve_tpp(tpp, images=seen, learning_rate=rate, spec=spec, trained_head=trained_head, devices=devices)
+    masks = experiment.task.name == "segmentation"
+    finetune = resolve_finetune(
+        experiment.finetune, cases=train, learning_rate=rate, spec=spec, masks=masks, devices=devices
+    )
+    data = experiment.data.model_copy(update=update)
     return experiment.model_copy(update={"data": data, "tpp": tpp, "finetune": finetune})

@@ -16,30 +16,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from medtpp.adapter import load_adapter, read_card, refuse_overlap
 from medtpp.backbones.folder import seen_by
-from medtpp.config import TUNERS, Experiment
+from medtpp.config import TASKS, TUNERS, Experiment
+from medtpp.data.cache import ImageCache
 from medtpp.data.case import Case
+from medtpp.data.preprocess import Preprocessing
 from medtpp.data.split import write_split
+from medtpp.data.volume_plan import as_options
 from medtpp.errors import ConfigError
-from medtpp.evaluation import (
-    Evaluation,
-    Thresholds,
-    confident_mistakes,
-    evaluate,
-    positive_class,
-    write_mistakes,
-    write_predictions,
-)
+from medtpp.evaluation import Evaluation, SegmentationEvaluation
 from medtpp.files import MARKER, digest, prepare_folder, read_json, write_json
-from medtpp.inference.predict import as_predictions, predict_rows
 from medtpp.report import write_report
 from medtpp.seeds import Seeds
-from medtpp.training.device import choose_accelerator
 from medtpp.training.finetune import FinetuneInputs, run_finetune
 from medtpp.training.tpp import TPPInputs, run_tpp
+from medtpp.workflow.evaluate import classified, segmented
 from medtpp.workflow.experiment import write_experiment
 from medtpp.workflow.guards import refuse_changes, require_fit, require_head
 from medtpp.workflow.prepare import Prepared, PreparedData, prepare
@@ -63,7 +55,7 @@ class RunResult:
     folder: Path
     adapter: Path
     prepared: Prepared
-    evaluation: Evaluation
+    evaluation: Evaluation | SegmentationEvaluation
     stages: dict[str, dict[str, Any]]
 
 
@@ -126,13 +118,19 @@ def as_trained(experiment: Experiment, adapter: Path, *, backbone: str | None = 
     """
     loaded = load_adapter(adapter, backbone=backbone)
     card = loaded.card
-    require_head(adapter, card.task)
-    data = experiment.data.model_copy(update=card.preprocessing.model_dump(include={"image_size", "channels", "fit"}))
+    task_card = require_head(adapter, card.task)
+    preprocessing = card.preprocessing
+    if isinstance(preprocessing, Preprocessing):
+        prepared: dict[str, Any] = preprocessing.model_dump(include={"image_size", "channels", "fit"})
+    else:
+        prepared = {"volume": as_options(preprocessing)}
+    data = experiment.data.model_copy(update=prepared)
     return experiment.model_copy(
         update={
             "data": data,
             "backbone": loaded.backbone.options,
             "tuner": TUNERS.get(card.tuner["name"]).Options.model_validate(card.tuner),
+            "task": TASKS.get(task_card.options["name"]).Options.model_validate(task_card.options),
             "tpp": experiment.tpp.model_copy(update={"enabled": card.tpp is not None}),
         }
     )
@@ -168,7 +166,8 @@ def tpp_stage(prepared: Prepared, folder: Path, tell: Tell) -> Path:
     """Target Parameter Pre-training as a step. Gives its adapter folder."""
     experiment, cases = prepared.experiment, prepared.tpp
     inputs = TPPInputs(experiment, prepared.preprocessing, prepared.data(cases), prepared.fingerprints(cases))
-    key = _key(prepared, "tpp", "pretext") | {"images": content(prepared, cases)}
+    sections = ("tpp", "pretext", "task") if experiment.tpp.decoder else ("tpp", "pretext")
+    key = _key(prepared, *sections) | {"images": content(prepared, cases)}
     if not step(folder, key, lambda: run_tpp(inputs, folder)):
         tell("TPP was done before.")
     return folder / "adapter"
@@ -207,13 +206,15 @@ def finetune_stage(prepared: Prepared, folder: Path, tell: Tell, *, start: Path 
         val=prepared.data(val),
         classes=prepared.dataset.classes,
         multilabel=prepared.dataset.multilabel,
+        structures=prepared.dataset.structures,
         fingerprints=trained_on,
         start=start,
     )
     key = _key(prepared, "finetune", "task") | {
-        "start": None if start is None else digest((start / "adapter_model.safetensors").read_bytes()),
+        "start": None if start is None else digest(*(f.read_bytes() for f in sorted(start.glob("*.safetensors")))),
         "start card": None if card is None else card.model_dump(mode="json", exclude={"versions"}),
         "classes": prepared.dataset.classes,
+        "structures": [[structure.name, structure.values] for structure in prepared.dataset.structures],
         "training cases": content(prepared, train),
         "validation cases": content(prepared, val),
     }
@@ -230,15 +231,15 @@ def evaluate_stage(
     backbone: str | None = None,
     mistakes: bool = True,
     resamples: int = 2000,
-) -> Evaluation:
-    """Predict the test cases in float32 and write predictions.csv and evaluation.json.
+) -> Evaluation | SegmentationEvaluation:
+    """Predict the test cases in float32 and write predictions.csv or segmentation.csv, and evaluation.json.
 
     Args:
         prepared: The data.
         adapter: A fine-tuned adapter folder.
         folder: Of the results.
         backbone: Where the backbone lies now, if it moved.
-        mistakes: Write the most confident mistakes, with their images, too.
+        mistakes: Write the most confident mistakes, or the worst masks, with their images, too.
         resamples: Of the bootstrap.
 
     Raises:
@@ -248,8 +249,8 @@ def evaluate_stage(
     """
     test = prepared.cases("test")
     loaded = load_adapter(adapter, backbone=backbone)
-    card, task = loaded.card, loaded.task
-    task_card = require_head(adapter, card.task)
+    card = loaded.card
+    require_head(adapter, card.task)
     require_fit(prepared, adapter, card)
     refuse_overlap(f"The adapter {adapter}", card.trained_on.overlap(test, prepared.records))
     refuse_overlap(
@@ -267,29 +268,10 @@ def evaluate_stage(
             refuse_overlap(f"TPP of {adapter}", overlap)
         elif overlap:
             notes.append(f"Transductive: TPP saw {len(overlap)} of the test images, without their labels.")
-    device = torch.device(choose_accelerator(prepared.experiment.hardware.accelerator))
-    assert loaded.task is not None
-    task = loaded.task.to(device)
-    loaded.backbone.to(device)
-    data = prepared.data(test)
-    logits = predict_rows(loaded.backbone, task, data.cache.images, data.rows, device=device)
-    predictions = as_predictions(
-        test, "test", task.probabilities(logits), task_card.classes, multilabel=task_card.multilabel
-    )
-    write_predictions(folder / "predictions.csv", predictions)
-    evaluation = evaluate(
-        predictions,
-        thresholds=Thresholds(task_card.thresholds, task_card.threshold_notes),
-        positive=positive_class(predictions, task_card.positive),
-        resamples=resamples,
-        seed=Seeds(prepared.experiment.seed).number("bootstrap"),
-        notes=notes,
-    )
-    if mistakes:
-        worst = confident_mistakes(predictions, evaluation.thresholds)
-        write_mistakes(folder / "mistakes", worst, [data.cache.images[data.rows[mistake.row]] for mistake in worst])
-    evaluation.save(folder)
-    return evaluation
+    seed = Seeds(prepared.experiment.seed).number("bootstrap")
+    if prepared.dataset.structures:
+        return segmented(prepared, loaded, folder, seed=seed, resamples=resamples, notes=notes, pictures=mistakes)
+    return classified(prepared, loaded, folder, seed=seed, resamples=resamples, notes=notes, pictures=mistakes)
 
 
 def _key(prepared: Prepared, *sections: str) -> dict[str, Any]:
@@ -305,5 +287,12 @@ def _key(prepared: Prepared, *sections: str) -> dict[str, Any]:
 
 
 def content(prepared: PreparedData, cases: Iterable[Case]) -> str:
-    """One hash of what some cases are: names, labels, pixels."""
-    return digest(*(f"{case.id}|{case.labels}|{prepared.records[case.id].fingerprint}" for case in cases))
+    """One hash of what some cases are: names, labels, pixels, masks."""
+    store = prepared.store
+
+    def what(case: Case) -> str:
+        text = f"{case.id}|{case.labels}|{prepared.records[case.id].fingerprint}"
+        # A store's name of a case is a digest of its files, the mask among them.
+        return text if isinstance(store, ImageCache) else f"{text}|{store.names[store.row[case.id]]}"
+
+    return digest(*map(what, cases))

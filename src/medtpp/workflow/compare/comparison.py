@@ -17,7 +17,7 @@ from medtpp.errors import ConfigError, OutputError
 from medtpp.files import MARKER, prepare_folder, read_json, write_json
 from medtpp.training.device import choose_accelerator, choose_precision
 from medtpp.training.stage import number
-from medtpp.workflow.compare.plan import Arm, Axes, Cell, Labels, base_experiment, cell_experiment
+from medtpp.workflow.compare.plan import Arm, Axes, Cell, Labels, base_experiment, cell_experiment, settled
 from medtpp.workflow.compare.work import Timing
 from medtpp.workflow.prepare import Prepared, arrange, prepare
 from medtpp.workflow.run import content, open_run
@@ -62,7 +62,7 @@ class Comparison:
 
     Attributes:
         axes: What is compared.
-        base: The experiment that all cells derive from, as written.
+        base: The experiment that all cells derive from: as written, but for what the data decide.
         prepared: The first arm's, with all labels.
         budget: Steps.
         machine: How the cells are spread.
@@ -205,24 +205,36 @@ def open_comparison(
     base = base_experiment(experiment, axes)
     first = next(axes.cells(base))
     whole = cell_experiment(base, Cell(first.arm, "all", base.seed), tpp="tpp" in axes.inits)
-    finetune: dict[Labels, int] = {}
-    batch: dict[Labels, int] = {}
+    planned: list[Comparison] = []
 
     def verify(prepared: Prepared) -> None:
         if out is not None and kept:
             _refuse_other_data(out, _inputs(prepared))
-        for cell in axes.cells(base):
-            if cell.labels not in finetune:
-                resolved = arrange(prepared, cell_experiment(base, cell)).experiment.finetune
-                finetune[cell.labels], batch[cell.labels] = number(resolved.steps), number(resolved.batch_size)
+        planned.append(_plan(axes, base, prepared, jobs))
 
     if dry_run or out is None:
-        prepared = prepare(whole, split_file=out / "split.csv" if out and kept else None, progress=progress)
-        verify(prepared)
+        verify(prepare(whole, split_file=out / "split.csv" if out and kept else None, progress=progress))
     else:
         prepared = open_run(whole, out, resume=resume, overwrite=overwrite, progress=progress, verify=verify)
-        write_json(out / _AXES, asdict(axes))
+        write_json(out / _AXES, asdict(planned[0].axes))
         write_json(out / _INPUTS, _inputs(prepared))
+    return planned[0]
+
+
+def _plan(axes: Axes, base: Experiment, prepared: Prepared, jobs: int | None) -> Comparison:
+    """The comparison on data that were prepared.
+
+    Raises:
+        MedtppError: A cell is not possible, or the metric is of another task.
+    """
+    axes = axes.measured(masks=bool(prepared.dataset.structures))
+    base = settled(base, prepared.experiment)
+    finetune: dict[Labels, int] = {}
+    batch: dict[Labels, int] = {}
+    for cell in axes.cells(base):
+        if cell.labels not in finetune:
+            resolved = arrange(prepared, cell_experiment(base, cell)).experiment.finetune
+            finetune[cell.labels], batch[cell.labels] = number(resolved.steps), number(resolved.batch_size)
     tpp = prepared.experiment.tpp
     budget = Budget(number(tpp.steps) + number(tpp.head_warmup) if tpp.enabled else 0, finetune, batch)
     return Comparison(axes, base, prepared, budget, share_machine(base, len(tuple(axes.cells(base))), jobs))

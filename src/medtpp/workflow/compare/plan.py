@@ -11,11 +11,15 @@ from typing import Any, Literal, get_args
 from medtpp.config import TUNERS, Experiment, LoggingOptions
 from medtpp.errors import ConfigError
 from medtpp.evaluation.metrics import OVERALL
+from medtpp.evaluation.segmentation_table import METRICS as OF_MASKS
 
 Init = Literal["standard", "tpp", "longer"]
 Extra = Literal["longer", "linear", "full"]
 Labels = int | Literal["all"]
 REFERENCES = ("linear", "full")  # tuners that are arms of their own
+AUTO = "auto"  # the metric that suits the task
+MARGINS = {"dice": 0.01, "nsd": 0.01, "hd95": 0.5}  # HD95 in mm, or in pixels where the spacing is unknown
+MARGIN = 0.005  # of the others: half a point
 
 
 @dataclass(frozen=True)
@@ -76,8 +80,9 @@ class Axes:
         extras: Further arms: "longer" for each tuner, "linear" and "full" once.
         labels: How many labelled cases in all, validation included; () for what the experiment says.
         seeds: How many seeds, from the experiment's on.
-        metric: On the test cases.
-        margin: Differences of the metric below this do not matter; set before looking.
+        metric: On the test cases; "auto" is "dice" for segmentation and "auc" for classification.
+        margin: Differences of the metric below this do not matter, in its own unit; set before looking. None is half a
+            point, for Dice and NSD one point, for HD95 0.5 mm.
 
     Raises:
         ConfigError: The values make no comparison; all reasons are listed.
@@ -88,8 +93,8 @@ class Axes:
     extras: tuple[Extra, ...] = ()
     labels: tuple[Labels, ...] = ()
     seeds: int = 10
-    metric: str = "auc"
-    margin: float = 0.005
+    metric: str = AUTO
+    margin: float | None = None
 
     def __post_init__(self) -> None:
         problems = [
@@ -98,7 +103,7 @@ class Axes:
                 ("tuner", self.tuners, tuple(name for name, _ in TUNERS.items())),
                 ("init", self.inits, ("standard", "tpp")),
                 ("arm", self.extras, get_args(Extra)),
-                ("metric", (self.metric,), OVERALL),
+                ("metric", (self.metric,), (AUTO, *OVERALL, *OF_MASKS)),
             )
             for name in names
             if name not in known
@@ -114,7 +119,7 @@ class Axes:
             problems.append("there is no arm")
         if self.seeds < 1:
             problems.append(f"there are {self.seeds} seeds; 10 are advised")
-        if self.margin < 0:
+        if self.margin is not None and self.margin < 0:
             problems.append(f"the margin is {self.margin}; it is 0 or more")
         if "longer" in self.extras and "tpp" not in self.inits:
             problems.append("the arm longer takes as long as TPP, so the init tpp has to be there")
@@ -132,22 +137,40 @@ class Axes:
         tuners, labels = self.tuners or (experiment.tuner.name,), self.labels or (experiment.data.labels,)
         return replace(self, tuners=tuners, labels=labels)
 
+    def measured(self, *, masks: bool) -> Axes:
+        """The same with metric and margin chosen.
+
+        Args:
+            masks: Whether the task is a segmentation.
+
+        Raises:
+            ConfigError: The metric is of the other task.
+        """
+        known = OF_MASKS if masks else OVERALL
+        metric = ("dice" if masks else "auc") if self.metric == AUTO else self.metric
+        if metric not in known:
+            task = "segmentation" if masks else "classification"
+            raise ConfigError(f"There is no metric {metric} of a {task}. Use --metric with one of {', '.join(known)}.")
+        return replace(self, metric=metric, margin=MARGINS.get(metric, MARGIN) if self.margin is None else self.margin)
+
     def joined(self, before: Axes) -> Axes:
         """These axes and those of the comparison that is gone on with: nothing that was tested is left out later.
 
         Raises:
-            ConfigError: Metric or margin differ: they are set before anyone has looked.
+            ConfigError: Metric or margin are given and differ: they are set before anyone has looked.
         """
-        if (self.metric, self.margin) != (before.metric, before.margin):
+        metric = before.metric if self.metric == AUTO else self.metric
+        margin = before.margin if self.margin is None else self.margin
+        if (metric, margin) != (before.metric, before.margin):
             raise ConfigError(
-                f"The comparison was begun with --metric {before.metric} and --margin {before.margin:g}, which are set "
+                f"The comparison was begun with --metric {before.metric} and --margin {before.margin}, which are set "
                 "before looking. Keep them, or begin anew with --overwrite or another --out."
             )
         both: dict[str, Any] = {
             name: tuple(dict.fromkeys([*getattr(before, name), *getattr(self, name)]))
             for name in ("tuners", "inits", "extras", "labels")
         }
-        return replace(self, **both, seeds=max(self.seeds, before.seeds))
+        return replace(self, **both, seeds=max(self.seeds, before.seeds), metric=metric, margin=margin)
 
     def arms(self, experiment: Experiment) -> tuple[Arm, ...]:
         """All arms, tuner by tuner, then the references."""
@@ -193,6 +216,18 @@ def base_experiment(experiment: Experiment, axes: Axes) -> Experiment:
     )
 
 
+def settled(base: Experiment, prepared: Experiment) -> Experiment:
+    """A base experiment with all that the data decide for every cell alike: the task, the backbone, how scans are made.
+
+    Args:
+        base: From `base_experiment`.
+        prepared: The experiment that the data were prepared for.
+    """
+    found = {name: getattr(prepared.data, name) for name in ("volume", "structures")}
+    data = base.data.model_copy(update=found)
+    return base.model_copy(update={"task": prepared.task, "backbone": prepared.backbone, "data": data})
+
+
 def cell_experiment(
     base: Experiment, cell: Cell, *, steps: int | None = None, threads: int | None = None, tpp: bool | None = None
 ) -> Experiment:
@@ -201,7 +236,7 @@ def cell_experiment(
     Options and learning rates that the user gave belong to the user's tuner; other tuners have their own.
 
     Args:
-        base: From `base_experiment`, as written by the user.
+        base: From `base_experiment`; options of training are as written by the user.
         cell: Which.
         steps: Of fine-tuning, where they are not the experiment's.
         threads: CPU threads of the process.

@@ -3,21 +3,33 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Iterable
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from medtpp.evaluation.bootstrap import Bootstrap
 from medtpp.evaluation.evaluate import metric_title
-from medtpp.evaluation.metrics import OVERALL
-from medtpp.evaluation.paired import LOWER_IS_BETTER, Run, Scores, difference, holm, judge, resample
+from medtpp.evaluation.paired import (
+    LOWER_IS_BETTER,
+    Run,
+    Scorable,
+    Scores,
+    SegmentationRun,
+    difference,
+    holm,
+    judge,
+    resample,
+)
 from medtpp.evaluation.predictions import read_predictions
+from medtpp.evaluation.segmentation import TITLES
+from medtpp.evaluation.segmentation_table import read_segmentations
 from medtpp.files import MARKER, atomic, read_json, write_json
 from medtpp.report.schema import ArmFile, ComparedTPPFile, ComparisonFile, DifferenceFile, FailedFile, MeanFile
 from medtpp.seeds import Seeds
 from medtpp.workflow.compare.comparison import Comparison, log_file, tpp_folder
 from medtpp.workflow.compare.plan import REFERENCES, Arm, Cell
-from medtpp.workflow.compare.words import sentence
+from medtpp.workflow.compare.words import Measure, sentence
 
 RESAMPLES = 2000
 LEVEL = 0.95
@@ -26,7 +38,7 @@ _DESCRIPTIONS = {
     "tpp": "{}, Target Parameter Pre-training, then the same fine-tuning",
     "longer": "{} from its own start, fine-tuned for as long as TPP and fine-tuning take together",
 }
-_REFERENCE_TEXTS = {"linear": "a head on frozen features", "full": "all weights of the backbone fine-tuned"}
+_FULL = "all weights of the backbone fine-tuned"
 
 
 def summarise(comparison: Comparison, out: Path) -> ComparisonFile:
@@ -49,8 +61,7 @@ def summarise(comparison: Comparison, out: Path) -> ComparisonFile:
             mine = {cell.seed: run for cell, run in runs.items() if (cell.arm, cell.labels) == (arm, labels)}
             if mine:
                 scores[arm, str(labels)] = resample(mine, axes.metric, bootstrap)
-    dataset = comparison.prepared.dataset
-    title = metric_title(axes.metric, macro=dataset.multilabel or len(dataset.classes) != 2)
+    title, unit, margin = _title(comparison), _unit(axes.metric, runs.values()), axes.margin or 0.0
     counts = {
         str(labels): sum(part != "test" for part in comparison.prepared.split.values()) if labels == "all" else labels
         for labels in comparison.labels
@@ -60,8 +71,9 @@ def summarise(comparison: Comparison, out: Path) -> ComparisonFile:
         data=comparison.prepared.dataset.root.resolve().name,
         metric=axes.metric,
         metric_title=title,
+        metric_unit=unit,
         higher_is_better=axes.metric not in LOWER_IS_BETTER,
-        margin=axes.margin,
+        margin=margin,
         level=LEVEL,
         n_cases=len(test),
         n_patients=len(patients),
@@ -70,9 +82,9 @@ def summarise(comparison: Comparison, out: Path) -> ComparisonFile:
         seeds=seeds,
         labels=list(counts),
         label_counts=counts,
-        arms=[_describe(arm) for arm in comparison.arms],
+        arms=[_describe(arm, masks=bool(comparison.prepared.dataset.structures)) for arm in comparison.arms],
         means=[_mean(arm, labels, scores.get((arm, labels)), rows) for labels in counts for arm in comparison.arms],
-        differences=_differences(comparison, scores, title),
+        differences=_differences(comparison, scores, title, unit),
         tpp=_pretext(comparison, out),
         failed=_failed(comparison, out),
         notes=_notes(comparison, list(scores.values())),
@@ -81,12 +93,30 @@ def summarise(comparison: Comparison, out: Path) -> ComparisonFile:
     return summary
 
 
-def _describe(arm: Arm) -> ArmFile:
-    text = _REFERENCE_TEXTS[arm.tuner] if arm.is_reference else _DESCRIPTIONS[arm.init].format(arm.tuner)
+def _describe(arm: Arm, *, masks: bool) -> ArmFile:
+    references = {"full": _FULL, "linear": f"{'decoder and head' if masks else 'a head'} on frozen features"}
+    text = references[arm.tuner] if arm.is_reference else _DESCRIPTIONS[arm.init].format(arm.tuner)
     return ArmFile(name=arm.name, tuner=arm.tuner, init=arm.init, description=text)
 
 
-def _run(folder: Path) -> Run:
+def _title(comparison: Comparison) -> str:
+    """The metric in a reader's words."""
+    metric, dataset = comparison.axes.metric, comparison.prepared.dataset
+    if dataset.structures:
+        return TITLES[metric]
+    return metric_title(metric, macro=dataset.multilabel or len(dataset.classes) != 2)
+
+
+def _unit(metric: str, runs: Iterable[Scorable]) -> str:
+    """The unit of a distance; nothing for shares, and where no cell is done."""
+    tables = [run.table for run in runs if isinstance(run, SegmentationRun)]
+    return tables[0].unit if tables and metric == "hd95" else ""
+
+
+def _run(folder: Path) -> Scorable:
+    masks = folder / "evaluation" / "segmentation.csv"
+    if masks.is_file():
+        return SegmentationRun(read_segmentations(masks))
     evaluation = read_json(folder / "evaluation" / "evaluation.json")
     predictions = read_predictions(folder / "evaluation" / "predictions.csv")
     return Run(predictions, evaluation["thresholds"], evaluation["positive"])
@@ -109,7 +139,7 @@ def _row(comparison: Comparison, cell: Cell, out: Path) -> dict[str, Any]:
         return row
     done, stage = read_json(folder / MARKER), read_json(folder / "finetune" / MARKER)
     row |= {"status": "done", **{f"n_{name}": count for name, count in done["cases"].items()}}
-    row |= {name: done["metrics"][name] for name in OVERALL}
+    row |= done["metrics"]
     for name in ("steps", "batch_size", "seconds", "peak_memory_mib", "target_parameters", "head_parameters"):
         row[name] = stage[name]
     if cell.arm.init == "tpp":
@@ -147,9 +177,12 @@ def _mean(arm: Arm, labels: str, scores: Scores | None, rows: list[dict[str, Any
     )
 
 
-def _differences(comparison: Comparison, scores: dict[tuple[Arm, str], Scores], title: str) -> list[DifferenceFile]:
+def _differences(
+    comparison: Comparison, scores: dict[tuple[Arm, str], Scores], title: str, unit: str
+) -> list[DifferenceFile]:
     """TPP against the other starts of its tuner and against the references: for each kind a family of tests."""
-    found = []
+    axes, found = comparison.axes, []
+    measure = Measure(axes.metric, title, unit, axes.margin or 0.0)
     for kind in ("standard", "longer", "linear", "full"):
         pairs = [
             (arm, baseline, labels, difference(scores[arm, labels], scores[baseline, labels]))
@@ -160,8 +193,7 @@ def _differences(comparison: Comparison, scores: dict[tuple[Arm, str], Scores], 
             if _share_seeds(scores.get((arm, labels)), scores.get((baseline, labels)))
         ]
         for (arm, baseline, labels, gap), p_holm in zip(pairs, holm([pair[3].p for pair in pairs]), strict=True):
-            axes = comparison.axes
-            verdict = judge(gap, p_holm, metric=axes.metric, margin=axes.margin)
+            verdict = judge(gap, p_holm, metric=measure.metric, margin=measure.margin)
             found.append(
                 DifferenceFile(
                     arm=arm.name,
@@ -174,7 +206,7 @@ def _differences(comparison: Comparison, scores: dict[tuple[Arm, str], Scores], 
                     p=gap.p,
                     p_holm=p_holm,
                     verdict=verdict,
-                    sentence=sentence(arm.tuner, baseline, labels, gap, verdict, axes.metric, title, axes.margin),
+                    sentence=sentence(arm.tuner, baseline, labels, gap, verdict, measure),
                     by_seed={str(seed): value for seed, value in gap.by_seed.items()},
                 )
             )
@@ -215,8 +247,9 @@ def _notes(comparison: Comparison, scores: list[Scores]) -> list[str]:
     notes = []
     undefined = max((scored.mean().undefined_share for scored in scores), default=0.0)
     if undefined > 0.01:
+        kind = "a structure" if comparison.prepared.dataset.structures else "a class"
         notes.append(
-            f"In {undefined:.0%} of the resamples the metric does not exist, since no case of a class was drawn; these "
+            f"In {undefined:.0%} of the resamples the metric does not exist, since no case of {kind} was drawn; these "
             "are left out of intervals and p-values."
         )
     if comparison.axes.seeds < 10:
