@@ -59,9 +59,11 @@ PROSE = {
     "data": "See [data](data.md).",
     "backbone": "See [backbones](backbones.md).",
     "tpp": "The pretext stage. `auto`: 40 passes over the images, within 200 to 2,000 steps; batches of 64, or of all "
-    "images where there are fewer; a resume file ten times. Both learning rates are peaks. See [TPP](tpp.md).",
+    "images where there are fewer, smaller for images of more than 196 patches; a resume file ten times. Both learning "
+    "rates are peaks. See [TPP](tpp.md).",
     "finetune": "The supervised stage. `auto`: 30 passes over the training cases, within 200 to 2,000 steps; batches "
-    "of 32, or of all cases where there are fewer; a resume file ten times, a validation twenty times.",
+    "of 32, or of all cases where there are fewer; a resume file ten times, a validation twenty times. With masks 60 "
+    "passes, within 600 to 3,000 steps, in batches of up to 16 that hold at most 2^20 voxels.",
     "hardware": "`auto` takes CUDA, Apple's MPS or the CPU, in this order, and bfloat16 where the processor has it "
     "built in; `medtpp doctor` shows the choice. Evaluation is always in float32. A run may be "
     "resumed with other values, on another machine.",
@@ -69,7 +71,8 @@ PROSE = {
     "`'medtpp[wandb]'`; the latter sends what it logs to its server.",
     "tuner": "One of the following, chosen by `name`.",
     "pretext": "One of the following, chosen by `name`.",
-    "task": "One of the following, chosen by `name`.",
+    "task": "One of the following, chosen by `name`. `auto`, the default, is segmentation where there are masks and no "
+    "labels, and classification where there are labels and no masks. See [masks and volumes](segmentation.md).",
 }
 
 
@@ -168,8 +171,12 @@ def _kind(annotation: Any) -> str:
         return ", ".join(f"`{value}`" for value in arguments)
     if origin in (Union, types.UnionType):
         return ", ".join(filter(None, map(_kind, arguments)))
+    if origin is dict:
+        return f"names with: {_kind(arguments[1])}"
     if origin in (list, tuple):
         return f"list of: {_kind(arguments[0])}"
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return f"`{{{', '.join(f'{name}: …' for name in annotation.model_fields)}}}`"
     return names[annotation]
 
 
