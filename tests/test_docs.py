@@ -284,3 +284,11 @@ def test_the_tables_of_the_readme_are_current():
 
 def test_every_field_has_a_meaning():
     assert re.findall(r"^\| `.*\| *\|$", pages.experiment_page(), re.MULTILINE) == []
+
+
+def test_the_tables_of_the_results_are_current():
+    import results_tables
+
+    text = results_tables.PAGE.read_text(encoding="utf-8")
+    assert results_tables.results_page(text) == text
+    assert text.count("<!-- end -->") == len(re.findall(r"<!-- (?:comparison|arms|settings): ", text))

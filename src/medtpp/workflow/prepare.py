@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -120,18 +120,14 @@ def prepare(
         records = scans
     problems = check(dataset, records)
     raise_errors(dataset, problems)
+    problems += _unlabelled_problems(dataset, unlabelled)
     whole = _whole_split(experiment, dataset, records, split_file, all_test=all_test)
     seen, excluded = tpp_cases(dataset, records, whole, unlabelled)
     if experiment.tpp.transductive:
         seen += [case for case in dataset.cases if whole.get(case.id) in ("val", "test")]
-    if unlabelled and any(case.patient for case in dataset.cases):
-        text = (
-            f"Nothing says whose the {len(unlabelled)} unlabelled images are. Those with the pixels of a validation or "
-            "test case are left out; other images of their patients are not: see to it that there are none."
-        )
-        problems.append(Problem("warning", "unlabelled-without-patients", text))
     if stored is None:
-        used = [case for case in every if case.id in whole or case in seen]
+        wanted_ids = whole.keys() | {case.id for case in seen}
+        used = [case for case in every if case.id in wanted_ids]
         train = [case for case in used if whole.get(case.id) == "train"] or used
         stored = store_volumes(experiment, dataset, scans, train, used, progress)
     backbone = backbones.load(stored.experiment.backbone, image_size=stored.preprocessing.patch)
@@ -172,6 +168,17 @@ def arrange(data: PreparedData, experiment: Experiment, backbone: backbones.Back
     resolved = _resolve(experiment, data.preprocessing, backbone, train, len(data.tpp))
     fields = {field.name: getattr(data, field.name) for field in dataclasses.fields(PreparedData)}
     return Prepared(**fields, experiment=resolved, split=split)
+
+
+def _unlabelled_problems(dataset: Dataset, unlabelled: Sequence[Case]) -> list[Problem]:
+    if all(case.patient for case in unlabelled) or not any(case.patient for case in dataset.cases):
+        return []
+    unknown = sum(not case.patient for case in unlabelled)
+    text = (
+        f"Nothing says whose the {unknown} unlabelled images are. Those with the pixels of a validation or test case "
+        "are left out; other images of their patients are not: see to it that there are none."
+    )
+    return [Problem("warning", "unlabelled-without-patients", text)]
 
 
 def _whole_split(
