@@ -41,4 +41,5 @@ def run(
         show_stage(name, stage)
     show_evaluation(result.evaluation)
     show_paths(report=out / "report.html", adapter=result.adapter)
-    show_paths(predict=f"medtpp predict {result.adapter} IMAGES -o out.csv")
+    output = "masks/" if prepared.dataset.structures else "predictions.csv"
+    show_paths(predict=f"medtpp predict {result.adapter} IMAGES -o {output}")
