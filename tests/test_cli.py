@@ -151,7 +151,7 @@ def test_run_writes_what_it_says():
     }
     assert f"train {sizes['train']}, val {sizes['val']}, test {sizes['test']}; TPP sees {sizes['train']}" in result.text
     assert len(table(folder / "evaluation" / "predictions.csv")) == sizes["test"]
-    assert f"medtpp predict {folder}/finetune/adapter IMAGES -o predictions.csv" in result.out  # on one line, to be copied
+    assert f"medtpp predict {folder}/finetune/adapter IMAGES -o predictions.csv" in result.out  # on one line
 
 
 def test_the_stages_one_by_one_give_the_same_bits(tmp_path):
