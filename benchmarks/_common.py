@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -102,7 +102,7 @@ def steady_rate(train: Callable[[int, Clock], Any], sizes: Sizes, steps: int) ->
     return steps * sizes.batch / (ended - began)
 
 
-def interleaved(arms: dict[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
+def interleaved(arms: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
     """Each arm's results. The arms take turns in changing order, so that other load on the machine meets all."""
     results: dict[str, list[float]] = {name: [] for name in arms}
     for repeat in range(repeats):

@@ -48,7 +48,7 @@ class Medtpp:
 
     Args:
         sizes: Of everything.
-        supervised: Classification in place of MAE.
+        supervised: Classification in place of MAE, always augmented.
         augment: As the stages do.
     """
 
@@ -56,7 +56,7 @@ class Medtpp:
         self.sizes = sizes
         backbone = backbones.load(sizes.architecture, weights="random", image_size=sizes.image_size)
         self.tuned = tuners.attach(backbone, TUNERS.get("lora").Options(rank=sizes.rank), seed=SEEDS)
-        augmenter = Augmenter(AugmentOptions(), "xray") if augment else None
+        augmenter = Augmenter(AugmentOptions(), "xray")
         if supervised:
             options = TASKS.get("classification").Options()
             self.head = TASKS.get("classification")(options, backbone.spec, ("no", "yes"), False, SEEDS)
@@ -66,7 +66,7 @@ class Medtpp:
                 mask_ratio=sizes.mask_ratio, decoder_depth=sizes.decoder_depth, decoder_width=sizes.decoder_width
             )
             self.head = PRETEXTS.get("mae")(options, backbone.spec, SEEDS)
-            self.module = PretextModule(self.tuned, self.head, augmenter)
+            self.module = PretextModule(self.tuned, self.head, augmenter if augment else None)
 
     def train(self, steps: int, clock: Clock, stream: BatchStream | None = None) -> None:
         """Train from where it is, on one fixed batch unless a stream is given."""
@@ -225,7 +225,8 @@ def check_work(sizes: Sizes) -> dict[str, dict[str, int]]:
     """Counts of both sides' work, read off the networks and one forward pass."""
     ours, theirs = Medtpp(sizes), Transformers(sizes)
     images = pixels(sizes)[:1].float() / 255
-    with _seen(ours.tuned.encoder.blocks[0], ours.head.blocks[0]) as seen, torch.no_grad():
+    first = "blocks.0"
+    with _seen(ours.tuned.encoder.get_submodule(first), ours.head.get_submodule(first)) as seen, torch.no_grad():
         ours.head.loss(ours.tuned, images, Draws(torch.zeros(1, dtype=torch.int64)))
     with _seen(theirs.network.vit.layers[0], theirs.network.decoder.decoder_layers[0]) as also_seen, torch.no_grad():
         theirs.model(pixel_values=images)

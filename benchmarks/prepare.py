@@ -11,8 +11,9 @@ the test cases, split once more: defaults are chosen there, and no test case is 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -68,7 +69,7 @@ def manifest(folder: Path) -> Iterator[Row]:
             yield {"image": str(folder / row["image"]), **{name: row[name] for name in columns}}
 
 
-def write(rows: list[Row], folder: Path) -> Path:
+def write(rows: Sequence[Mapping[Any, str]], folder: Path) -> Path:
     """Write OUT/TASK/manifest.csv; a split that the task does not prescribe is drawn by medtpp with seed 0."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "manifest.csv"

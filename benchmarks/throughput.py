@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -43,6 +44,7 @@ from _common import (
     summary,
 )
 from _sides import Medtpp, Transformers, check_work
+from medtpp.data.batches import BatchStream
 from medtpp.training.device import choose_accelerator, choose_precision
 
 PARTS = "ABCD"
@@ -142,7 +144,7 @@ def from_files(sizes: Sizes, epochs: int, repeats: int, parts: str) -> list[Figu
             waited = Waited(stream, clock)
             ours.train(ends[-1], waited, stream)
             took["medtpp"].append([end - began for end in clock.times])
-            waiting.append((waited.at[-1] - waited.at[0]) / (clock.times[-1] - clock.times[0]))
+            waiting.append((waited.seconds[-1] - waited.seconds[0]) / (clock.times[-1] - clock.times[0]))
             shutil.rmtree(cache)
 
         def run_transformers() -> None:
@@ -159,7 +161,7 @@ def from_files(sizes: Sizes, epochs: int, repeats: int, parts: str) -> list[Figu
                 run()
     figures = []
     if "B" in parts:
-        rates = {
+        rates: dict[str, tuple[str, Callable[[list[float]], float]]] = {
             "first epoch": ("", lambda t: sizes.files / t[0]),
             "later epochs": ("", lambda t: sizes.files * (epochs - 1) / (t[-1] - t[0])),
             f"{epochs} epochs": (">= 1.3", lambda t: sizes.files * epochs / t[-1]),
@@ -176,16 +178,16 @@ def from_files(sizes: Sizes, epochs: int, repeats: int, parts: str) -> list[Figu
 class Waited(Clock):
     """A clock that notes beside the time what the stream has waited."""
 
-    def __init__(self, stream: object, clock: Clock) -> None:
+    def __init__(self, stream: BatchStream, clock: Clock) -> None:
         self.stream = stream
         self.clock = clock
-        self.at: list[float] = []
+        self.seconds: list[float] = []
 
     def step(self, done: int) -> None:
         """Call after each step."""
         self.clock.step(done)
         if done in self.clock.at:
-            self.at.append(self.stream.waited)
+            self.seconds.append(self.stream.waited)
 
 
 def starting(repeats: int) -> list[Figure]:

@@ -26,6 +26,8 @@ import torch
 from _features import features, few_label_auc
 from medtpp import backbones, tuners
 from medtpp.adapter import load_adapter
+from medtpp.data.cache import ImageCache
+from medtpp.data.preprocess import Preprocessing
 from medtpp.files import MARKER, read_json
 from medtpp.seeds import Seeds
 from medtpp.workflow.experiment import load_experiment
@@ -50,9 +52,12 @@ def probe(manifest: Path, settings: list[str], trial: Trial, threads: int) -> di
     chosen = [*settings, f"seed={trial.seed}", f"hardware.threads={threads}", "logging.tensorboard=false"]
     experiment = load_experiment(manifest, [*chosen, *([trial.varied] if trial.varied else [])])
     prepared = prepare(experiment)
+    preprocessing, cache = prepared.preprocessing, prepared.store
+    if not isinstance(preprocessing, Preprocessing) or not isinstance(cache, ImageCache):
+        raise SystemExit(f"{manifest} holds volumes; the probe takes images.")
     told: dict[str, Any] = {}
     if trial.varied is None:
-        backbone = backbones.load(prepared.experiment.backbone, image_size=prepared.preprocessing.image_size)
+        backbone = backbones.load(prepared.experiment.backbone, image_size=preprocessing.image_size)
         tuned = tuners.attach(backbone, prepared.experiment.tuner, seed=Seeds(trial.seed))
     else:
         with tempfile.TemporaryDirectory() as name:
@@ -61,7 +66,7 @@ def probe(manifest: Path, settings: list[str], trial: Trial, threads: int) -> di
     cases = [case for case in prepared.dataset.cases if case.id in prepared.split]
     labels = np.array([prepared.dataset.classes.index(case.labels[0]) for case in cases])
     pool = np.array([prepared.split[case.id] == "train" for case in cases])
-    values = features(tuned, prepared.cache, prepared.data(cases).rows)
+    values = features(tuned, cache, prepared.data(cases).rows)
     scores = [few_label_auc("linear", values, labels, PER_CLASS, draw, pool) for draw in range(DRAWS)]
     kept = ("steps", "seconds", "pretext_loss_on", "pretext_loss_off", "feature_drift")
     return {"auc": float(np.mean(scores)), **{name: told[name] for name in kept if name in told}}

@@ -121,12 +121,8 @@ def backbone_table() -> str:
 def readme(text: str) -> str:
     """README.md with its tables, each between `<!-- name -->` and `<!-- end -->`, as the code has them now."""
     for name, table in {"tuners": tuner_table(), "pretexts": pretext_table(), "backbones": backbone_table()}.items():
-        text, found = re.subn(
-            rf"(<!-- {name} -->\n).*?(<!-- end -->)",
-            lambda match, table=table: f"{match[1]}\n{table}\n{match[2]}",
-            text,
-            flags=re.DOTALL,
-        )
+        block = f"<!-- {name} -->\n\n{table}\n<!-- end -->".replace("\\", r"\\")
+        text, found = re.subn(rf"<!-- {name} -->\n.*?<!-- end -->", block, text, flags=re.DOTALL)
         if found != 1:
             raise ValueError(f"README.md has {found} places for the table of {name}")
     return text

@@ -4,7 +4,13 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: the same bits, and the cores are shared
 
+import hypothesis
 import pytest
+
+# The same examples each time, so that a change is judged and not the dice;
+# `pytest --hypothesis-profile=default` searches on.
+hypothesis.settings.register_profile("repeatable", derandomize=True)
+hypothesis.settings.load_profile("repeatable")
 
 
 @pytest.fixture(scope="session", autouse=True)

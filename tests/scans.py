@@ -1,5 +1,6 @@
 """Small folders of scans with masks, and experiments on them that take seconds."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,26 @@ def write_volumes(folder: Path, cases: int = 6) -> Path:
                 written.SetDirection((-1.0, 0.0, 0.0, 0.0, -1.0, 0.0, 0.0, 0.0, 1.0))
             (folder / part).mkdir(parents=True, exist_ok=True)
             SimpleITK.WriteImage(written, str(folder / part / f"p{number}.nii.gz"))
+    return folder
+
+
+def write_modalities(folder: Path, cases: int = 6) -> Path:
+    """The same in nnU-Net's layout, with two modalities."""
+    write_volumes(folder, cases)
+    (folder / "images").rename(folder / "imagesTr")
+    (folder / "masks").rename(folder / "labelsTr")
+    for path in sorted((folder / "imagesTr").iterdir()):
+        image = SimpleITK.ReadImage(str(path))
+        for channel, written in enumerate((image, image * -1 + 100)):
+            SimpleITK.WriteImage(written, str(path.with_name(path.name.replace(".nii.gz", f"_{channel:04d}.nii.gz"))))
+        path.unlink()
+    about = {
+        "channel_names": {"0": "T1", "1": "T2"},
+        "labels": {"background": 0, "organ": 1, "lesion": 2},
+        "numTraining": cases,
+        "file_ending": ".nii.gz",
+    }
+    (folder / "dataset.json").write_text(json.dumps(about))
     return folder
 
 

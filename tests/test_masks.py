@@ -7,7 +7,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+import medtpp
 import scans
+from medtpp import backbones, tuners
 from medtpp.adapter import load_adapter, read_card
 from medtpp.config import Window
 from medtpp.data.case import Structure
@@ -15,6 +17,9 @@ from medtpp.errors import ConfigError, DataError, LeakageError
 from medtpp.evaluation import read_segmentations
 from medtpp.files import MARKER, read_json
 from medtpp.inference.stored import mean_dice, sliding_window
+from medtpp.seeds import Seeds
+from medtpp.tasks.decoders import UNETR
+from medtpp.training import finetune, tpp
 from medtpp.tuners.base import TunedBackbone
 from medtpp.workflow.images import VOLUME_PATCH
 from medtpp.workflow.prepare import arrange, prepare
@@ -55,38 +60,55 @@ def test_an_experiment_prepared_again_from_what_it_resolved_is_the_same(made):
     assert again.whole_split == prepared.whole_split
 
 
-def test_the_source_is_bit_frozen_in_both_stages(made):
-    _, prepared, _, start, adapter = made
-    for folder in (start, adapter):
-        assert load_adapter(folder).backbone.spec.sha256 == prepared.backbone_sha256
+def test_the_source_is_bit_frozen_in_both_stages(made, tmp_path, monkeypatch):
+    _, prepared, *_ = made
+    trained = []
+    for stage in (tpp, finetune):
+        monkeypatch.setattr(stage, "save_adapter", keep_backbone(trained, stage.save_adapter))
+    start = tpp_stage(prepared, tmp_path / "tpp", QUIET)
+    finetune_stage(prepared, tmp_path / "finetune", QUIET, start=start)
+    untouched = backbones.load(prepared.experiment.backbone, image_size=prepared.preprocessing.patch)
+    assert [backbone.source_hash() for backbone in trained] == [untouched.source_hash()] * 2
+
+
+def keep_backbone(kept, save):
+    """`save_adapter` that keeps the backbone as training left it."""
+
+    def saved(folder, backbone, *others, **more):
+        kept.append(backbone)
+        save(folder, backbone, *others, **more)
+
+    return saved
 
 
 def test_tpp_moves_target_parameters_embedding_and_decoder(made):
     _, prepared, _, start, _ = made
     files = {file.stem for file in start.glob("*.safetensors")}
     assert files == {"adapter_model", "decoder"} | ({"embed"} if prepared.preprocessing.dims == 3 else set())
-    untrained = finetune_inputs_decoder(prepared)
-    trained = load_file(start / "decoder.safetensors")
-    assert trained.keys() == untrained.keys()
-    assert any(not torch.equal(trained[name], value) for name, value in untrained.items())
+    for file, untrained in untrained_states(prepared).items():
+        trained = load_file(start / f"{file}.safetensors") if untrained else {}
+        assert trained.keys() == untrained.keys()
+        assert [name for name, value in untrained.items() if torch.equal(trained[name], value)] == [], file
 
 
-def finetune_inputs_decoder(prepared):
-    """The decoder's weights that fine-tuning without TPP begins with."""
-    from medtpp import backbones
-    from medtpp.seeds import Seeds
-    from medtpp.tasks.decoders import UNETR
-
-    backbone = backbones.load(prepared.experiment.backbone, image_size=prepared.preprocessing.patch)
-    task = prepared.experiment.task
-    return UNETR(backbone.spec, Seeds(prepared.experiment.seed), task.feature_size, task.image_skip).state_dict()
+def untrained_states(prepared):
+    """What fine-tuning without TPP begins with, by the file that holds it after TPP."""
+    experiment, seeds = prepared.experiment, Seeds(prepared.experiment.seed)
+    backbone = backbones.load(experiment.backbone, image_size=prepared.preprocessing.patch)
+    tuned = tuners.attach(backbone, experiment.tuner, seed=seeds)
+    decoder = UNETR(backbone.spec, seeds, experiment.task.feature_size, experiment.task.image_skip)
+    return {
+        "adapter_model": tuned.adapter_state(),
+        "embed": tuned.embed_state(),
+        "decoder": decoder.state_dict(),
+    }
 
 
 def test_fine_tuning_starts_with_the_decoder_of_tpp(made, tmp_path):
     _, prepared, _, start, _ = made
     still = {"learning_rate": 1e-12, "head_learning_rate": 1e-12}
-    finetune = prepared.experiment.finetune.model_copy(update=still)
-    quiet = arrange(prepared, prepared.experiment.model_copy(update={"finetune": finetune}))
+    options = prepared.experiment.finetune.model_copy(update=still)
+    quiet = arrange(prepared, prepared.experiment.model_copy(update={"finetune": options}))
     adapter = finetune_stage(quiet, tmp_path / "still", QUIET, start=start)
     before, after = load_file(start / "decoder.safetensors"), load_file(adapter / "decoder.safetensors")
     for name, value in before.items():
@@ -187,6 +209,18 @@ def test_regions_may_overlap(tmp_path):
     assert set(evaluation.structures) == {"whole", "core"}
     table = read_segmentations(tmp_path / "evaluation" / "segmentation.csv")
     assert (table.volume_true[:, 0] > table.volume_true[:, 1]).all()
+
+
+def test_modalities_are_channels_from_training_to_prediction(tmp_path):
+    folder = scans.write_modalities(tmp_path / "scans")
+    prepared = prepare(scans.experiment(folder))
+    assert prepared.experiment.backbone.channels == 2
+    start = tpp_stage(prepared, tmp_path / "tpp", QUIET)
+    adapter = finetune_stage(prepared, tmp_path / "finetune", QUIET, start=start)
+    assert load_file(adapter / "embed.safetensors")["patch_embed.proj.weight"].shape[1] == 2
+    evaluate_stage(prepared, adapter, tmp_path / "evaluation", mistakes=False, resamples=50)
+    done = medtpp.predict(load_adapter(adapter), folder / "imagesTr", tmp_path / "masks")
+    assert sorted(done.done) == [f"p{number}.nii.gz" for number in range(6)]
 
 
 def test_volumes_are_classified_by_patches(tmp_path):

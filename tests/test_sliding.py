@@ -54,9 +54,9 @@ def test_windows_cover_everything_and_weights_sum_to_one(sides, overlap, batch):
     assert all(slab.shape[1] <= patch[0] for slab in slabs)
     whole = torch.cat(slabs, dim=1)
     assert whole.shape == array.shape
-    torch.testing.assert_close(whole, torch.ones_like(whole), rtol=0, atol=1e-6)
+    torch.testing.assert_close(whole, torch.ones_like(whole), rtol=0, atol=1e-5)  # up to 64 windows are added
     exact = torch.cat([slab.clone() for slab in SlidingWindow([position_free], patch).slabs(array)], dim=1)
-    np.testing.assert_allclose(exact, np.concatenate([array, 1 - array]), atol=1e-6)
+    np.testing.assert_allclose(exact, np.concatenate([array, 1 - array]), atol=1e-5)
 
 
 def test_neighbours_overlap_as_asked_and_the_centre_of_a_window_counts_most():

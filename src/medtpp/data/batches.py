@@ -49,6 +49,11 @@ class Batch:
         )
 
 
+def to_unit(images: Tensor) -> Tensor:
+    """uint8 levels to float32 in [0, 1]; floats stay as they are."""
+    return images.float().div_(255) if images.dtype == torch.uint8 else images.float()
+
+
 class CaseStream(ABC):
     """An endless stream of batches of one size.
 

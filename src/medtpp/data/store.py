@@ -27,7 +27,7 @@ from medtpp.data.cache import Progress, cache_root, case_digest, parallel
 from medtpp.data.case import Case, Structure
 from medtpp.data.npz import ARCHIVE
 from medtpp.data.restore import Restore
-from medtpp.data.volume_preprocess import VolumePreprocessing, overlapping
+from medtpp.data.volume_preprocess import VolumePreprocessing, overlapping, quantise
 from medtpp.data.volume_scan import WORKERS, Reader
 from medtpp.errors import DataError, OutputError
 from medtpp.files import atomic, digest, read_json, write_json
@@ -208,7 +208,7 @@ class _Writer:
         fingerprint = self.reader.fingerprint(volume)
         array, restore = self.preprocessing.apply(volume)
         del volume  # before the mask comes: a scan of 512 x 512 x 300 takes 160 MB
-        stored = array if self.preprocessing.dtype == "float16" else _quantise(array)
+        stored = array if self.preprocessing.dtype == "float16" else quantise(array)
         record = VolumeRecord(case="", shape=array.shape, fingerprint=fingerprint, restore=restore)
         parts = {"image": _pack(stored, channels=1)}
         if masked and case.mask is not None:
@@ -262,13 +262,6 @@ def _file_digest(path: Path) -> str:
             return hashlib.file_digest(stream, "sha256").hexdigest()
     except OSError as error:
         return digest("unreadable", str(error.strerror))
-
-
-def _quantise(array: NDArray[np.float16]) -> NDArray[np.uint8]:
-    levels = np.empty(array.shape, np.uint8)
-    for source, target in zip(array, levels, strict=True):
-        np.rint(source.astype(np.float32) * 255, out=target, casting="unsafe")
-    return levels
 
 
 def _pack(array: NDArray[Any], channels: int) -> bytes:

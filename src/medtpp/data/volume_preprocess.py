@@ -174,6 +174,14 @@ def scale(values: NDArray[np.float32], window: Window, air: float | None) -> NDA
     return values.clip(0, 1, out=values)
 
 
+def quantise(array: NDArray[np.float16]) -> NDArray[np.uint8]:
+    """(C, *spatial) in [0, 1] as 8-bit levels, channel by channel to save memory."""
+    levels = np.empty(array.shape, np.uint8)
+    for source, target in zip(array, levels, strict=True):
+        np.rint(source.astype(np.float32) * 255, out=target, casting="unsafe")
+    return levels
+
+
 def overlapping(structures: Sequence[Structure]) -> bool:
     """Whether a voxel may belong to several of the structures."""
     values = [value for structure in structures for value in structure.values]

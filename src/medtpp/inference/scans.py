@@ -8,12 +8,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import numpy as np
 from numpy.typing import NDArray
 
 from medtpp.data.case import Case
 from medtpp.data.restore import Restore
-from medtpp.data.volume_preprocess import VolumePreprocessing
+from medtpp.data.volume_preprocess import VolumePreprocessing, quantise
 from medtpp.data.volumes import read_volume
 from medtpp.errors import DataError
 
@@ -45,9 +44,7 @@ def read_ahead(cases: Iterable[Case], preprocessing: VolumePreprocessing) -> Gen
             array, restore = preprocessing.apply(read_volume(case))
         except DataError as error:
             return error
-        if preprocessing.dtype == "uint8":
-            return Scan(np.rint(array.astype(np.float32) * 255).astype(np.uint8), restore)
-        return Scan(array, restore)
+        return Scan(quantise(array) if preprocessing.dtype == "uint8" else array, restore)
 
     return ahead(prepare, cases, workers=1, depth=1)
 

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from medtpp.backbones import Backbone
+from medtpp.data.batches import to_unit
 from medtpp.data.restore import Restore
 from medtpp.tasks.base import Task
 
@@ -196,8 +197,7 @@ class SlidingWindow:
     def _read(self, array: NDArray[Any], corners: Sequence[tuple[int, ...]]) -> Tensor:
         """(B, C, *patch) float32 in [0, 1]."""
         windows = np.stack([array[(slice(None), *_box(corner, self.patch))] for corner in corners])
-        images = torch.from_numpy(windows).to(self.device).float()
-        return images / 255 if array.dtype == np.uint8 else images
+        return to_unit(torch.from_numpy(windows).to(self.device))
 
     @torch.no_grad()
     def _mean(self, images: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from medtpp.backbones import Backbone
+from medtpp.data.batches import to_unit
 from medtpp.data.cache import ImageCache
 from medtpp.data.store import VolumeStore
 from medtpp.inference.sliding import SlidingWindow, as_member, windows_over
@@ -56,9 +57,7 @@ def network(
 
     @torch.no_grad()
     def logits(images: NDArray[Any]) -> Tensor:
-        batch = torch.from_numpy(images).to(device).float()
-        if images.dtype == np.uint8:
-            batch = batch / 255
+        batch = to_unit(torch.from_numpy(images).to(device))
         with autocast():
             found: Tensor = task(backbone.encode(batch))
         return found.float().cpu()

@@ -15,6 +15,7 @@ from medtpp.adapter import Adapter, TaskCard, load_adapter, make_task, new_card,
 from medtpp.backbones import Backbone, Spec
 from medtpp.config import TUNERS, Experiment, FinetuneOptions
 from medtpp.data.augment import Augmenter
+from medtpp.data.batches import to_unit
 from medtpp.data.case import Structure
 from medtpp.data.fingerprints import Fingerprints
 from medtpp.data.preprocess import Preprocessing
@@ -35,7 +36,6 @@ from medtpp.training.stage import (
     number,
     resolve_stage,
     schedule_of,
-    to_unit,
     tuner_groups,
 )
 from medtpp.training.validation import ClassificationValidation, SegmentationValidation, Validation

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from medtpp.backbones import Backbone
 from medtpp.config import Experiment, StageOptions
 from medtpp.data.augment import Augmenter
-from medtpp.data.batches import BatchStream
+from medtpp.data.batches import BatchStream, to_unit
 from medtpp.data.cache import ImageCache
 from medtpp.data.case import Case
 from medtpp.data.patches import PatchStream
@@ -77,11 +77,6 @@ class StageData:
         if isinstance(self.store, ImageCache):
             return to_unit(torch.from_numpy(self.store.images[rows]))
         return to_unit(torch.from_numpy(np.stack([self.store.centre(int(row)) for row in rows])))
-
-
-def to_unit(images: Tensor) -> Tensor:
-    """uint8 levels to float32 in [0, 1]; floats stay as they are."""
-    return images.float().div_(255) if images.dtype == torch.uint8 else images.float()
 
 
 @dataclass
