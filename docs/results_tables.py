@@ -1,8 +1,8 @@
 """Tables of docs/results.md, made from the raw results in results/: `python docs/results_tables.py` enters them.
 
 A block `<!-- KIND: NAME -->` ... `<!-- end -->` holds the table of kind `comparison` of results/NAME/comparison.json,
-of kind `arms` of all comparisons in the folder results/NAME, or of kind `settings` of results/NAME.json
-(benchmarks/tpp_defaults.py). `tests/test_docs.py` fails while one is not current.
+of kind `arms` of all comparisons in the folder results/NAME, of kind `segmentation` of results/NAME/evaluation.json, or
+of kind `settings` of results/NAME.json (benchmarks/tpp_defaults.py). `tests/test_docs.py` fails while one is not current.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "results.md"
-_BLOCK = re.compile(r"<!-- (comparison|arms|settings): (\S+) -->\n.*?<!-- end -->", re.DOTALL)
+_BLOCK = re.compile(r"<!-- (comparison|arms|segmentation|settings): (\S+) -->\n.*?<!-- end -->", re.DOTALL)
 
 
 def results_page(text: str) -> str:
@@ -28,6 +28,8 @@ def results_page(text: str) -> str:
             table = arms_table({file.parent.name: _read(file) for file in sorted(path.glob("*/comparison.json"))})
         elif kind == "comparison":
             table = comparison_table(_read(path / "comparison.json"))
+        elif kind == "segmentation":
+            table = segmentation_table(_read(path / "evaluation.json"))
         else:
             table = settings_table(_read(path.with_suffix(".json")))
         return f"<!-- {kind}: {name} -->\n\n{table}\n\n<!-- end -->"
@@ -67,6 +69,15 @@ def arms_table(comparisons: dict[str, dict[str, Any]]) -> str:
         rows = [f"{row['arm']} | {row['labels']} | {_value(row)}" for row in found["means"]]
         lines += [f"| {name.replace('_', ' ')} | {row} |" for row in rows]
     return "\n".join(lines)
+
+
+def segmentation_table(found: dict[str, Any]) -> str:
+    """A row for the mean of all structures, then one for each."""
+    lines = [f"| | Dice | HD95, {found['unit']} | NSD at {found['tolerance']:g} {found['unit']} |", "|---|---|---|---|"]
+    for name, its in {"mean": found, **found["structures"]}.items():
+        values = [_value(its["metrics"][metric]) for metric in ("dice", "hd95", "nsd")]
+        lines.append(f"| {name} | {' | '.join(values)} |")
+    return "\n".join([*lines, "", f"{found['n_cases']} cases, 95% intervals over them."])
 
 
 def settings_table(found: dict[str, Any]) -> str:

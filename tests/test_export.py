@@ -290,7 +290,10 @@ class TestBundle:
             patch=(8, 16, 16), windows=(PERCENTILES, fixed), air=air, crop=True, margin=2.0
         )
         parser = ConfigParser(
-            {"transforms": bundles._transforms(preprocessing), "imports": ["$import numpy as np", "$import torch"]}
+            {
+                "transforms": bundles.preprocessing_transforms(preprocessing),
+                "imports": ["$import numpy as np", "$import torch"],
+            }
         )
         steps = parser.get_parsed_content("transforms")[2:]  # after loading
         array = np.zeros((2, 20, 30, 24), np.float32)
@@ -317,7 +320,7 @@ class TestBundle:
         )
         Image.fromarray(levels).save(tmp_path / "a.png")
         imports = [f"${line}" for line in bundles.IMPORTS]
-        parser = ConfigParser({"transforms": bundles._transforms(preprocessing), "imports": imports})
+        parser = ConfigParser({"transforms": bundles.preprocessing_transforms(preprocessing), "imports": imports})
         item = {"image": str(tmp_path / "a.png")}
         for step in parser.get_parsed_content("transforms"):
             item = step(item)

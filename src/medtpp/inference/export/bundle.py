@@ -62,7 +62,7 @@ def write_bundle(adapter: Adapter, folder: Path) -> Written:
         "device": "$torch.device('cuda' if torch.cuda.is_available() else 'cpu')",
         "network": load,
         "data": "$[{'image': path} for path in sorted(glob.glob(os.path.join(@dataset_dir, @pattern)))]",
-        "preprocessing": {"_target_": "Compose", "transforms": _transforms(adapter.card.preprocessing)},
+        "preprocessing": {"_target_": "Compose", "transforms": preprocessing_transforms(adapter.card.preprocessing)},
         "dataset": {"_target_": "Dataset", "data": "@data", "transform": "@preprocessing"},
         **(_segmentation(adapter, batch) if _dense(adapter) else _classification(adapter)),
     }
@@ -115,7 +115,7 @@ def _photographs(preprocessing: Preprocessing | VolumePreprocessing) -> bool:
     return preprocessing.dims == 2 and set(preprocessing.windows) == {LEVELS}
 
 
-def _transforms(preprocessing: Preprocessing | VolumePreprocessing) -> list[Config]:
+def preprocessing_transforms(preprocessing: Preprocessing | VolumePreprocessing) -> list[Config]:
     """From a path to (C, *spatial) in [0, 1], each side at least the patch's; arrays as ours, (D, H, W) or (H, W)."""
     load: Config = {"_target_": "LoadImaged", "keys": "image", "ensure_channel_first": True}
     if _photographs(preprocessing):
