@@ -1,8 +1,8 @@
 """Tables of docs/results.md, made from the raw results in results/: `python docs/results_tables.py` enters them.
 
 A block `<!-- KIND: NAME -->` ... `<!-- end -->` holds the table of kind `comparison` of results/NAME/comparison.json,
-of kind `arms` of all comparisons in the folder results/NAME, of kind `segmentation` of results/NAME/evaluation.json, or
-of kind `settings` of results/NAME.json (benchmarks/tpp_defaults.py). `tests/test_docs.py` fails while one is not current.
+of kind `arms` of all comparisons in the folder results/NAME, of kind `segmentation` of results/NAME/evaluation.json, of
+kind `settings` of results/NAME.json (benchmarks/tpp_defaults.py). `tests/test_docs.py` fails while one is not current.
 """
 
 from __future__ import annotations
