@@ -125,9 +125,13 @@ def peak_growth(train: Callable[[], Any], device: str) -> float:
     before = psutil.Process().memory_info().rss
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here on
     train()
+    return peak_memory() - before / 2**20
+
+
+def peak_memory() -> float:
+    """MiB of resident memory that this process has had at most (Linux), since it began or the count was cleared."""
     status = Path("/proc/self/status").read_text().splitlines()
-    peak = next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
-    return (peak - before) / 2**20
+    return next(int(line.split()[1]) / 2**10 for line in status if line.startswith("VmHWM"))
 
 
 def machine(sizes: Sizes) -> dict[str, Any]:
