@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-import test_dicom as dicom
+import dicoms as dicom
 from medtpp.adapter import load_adapter
 from medtpp.config import Window
 from medtpp.data.case import Case
