@@ -1,6 +1,7 @@
 """Preprocessing chosen from a fingerprint of the training cases."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -139,6 +140,48 @@ def test_a_scan_tells_values_and_copies_of_masks(tmp_path):
     masks = [scan.mask_fingerprint for scan in scans.values()]
     assert masks[0] == masks[2] != masks[1]
     assert masks[3] == ""
+
+
+def test_what_a_scan_told_is_kept_until_a_file_changes(tmp_path):
+    image, labels = ct()
+    cases = [write_case(tmp_path, "a", image, labels), write_case(tmp_path, "b", image)]
+    read = []
+
+    def counted(case):
+        read.append(case.id)
+        return READER.volume(case)
+
+    def scans(structures=STRUCTURES):
+        read.clear()
+        return scan_volumes(cases, structures, "ct", replace(READER, volume=counted), tmp_path / "kept", workers=1)
+
+    first = scans()
+    assert read == ["a", "b"]
+    second = scans()
+    assert read == []
+    for case, scan in first.items():
+        np.testing.assert_array_equal(second[case].samples, scan.samples)
+        assert replace(second[case], samples=scan.samples) == scan
+    scans(())
+    assert read == ["a"]  # whose mask is looked at otherwise
+    write_case(tmp_path, "a", image + 1, labels)
+    scans()
+    assert read == ["a"]
+    for kept in (tmp_path / "kept").iterdir():
+        kept.write_bytes(kept.read_bytes()[:100])
+    scans()
+    assert read == ["a", "b"]
+
+
+def test_a_case_that_cannot_be_used_is_read_again(tmp_path):
+    def unreadable(case):
+        raise DataError("The disk is away.")
+
+    case = write_case(tmp_path, "a", *ct())
+    scans = scan_volumes([case], STRUCTURES, "ct", replace(READER, volume=unreadable), tmp_path / "kept")
+    assert scans["a"].error == "The disk is away."
+    assert not (tmp_path / "kept").exists()
+    assert scan_volumes([case], STRUCTURES, "ct", READER, tmp_path / "kept")["a"].error is None
 
 
 def test_structures_that_nobody_named(tmp_path):

@@ -34,7 +34,7 @@ Progress = Callable[[int, int], None]
 S = TypeVar("S")
 T = TypeVar("T")
 
-_OWN_FILE = re.compile(r"\.?[0-9a-f]{64}\.(pixels|json|lock|image|mask|foreground).*")
+_OWN_FILE = re.compile(r"\.?[0-9a-f]{64}\.(pixels|json|lock|image|mask|foreground|scan).*")
 
 
 @dataclass(frozen=True)

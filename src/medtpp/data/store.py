@@ -8,10 +8,8 @@ image, a mask or an option makes other ones. The index is written last and makes
 from __future__ import annotations
 
 import functools
-import glob
-import hashlib
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +21,9 @@ from filelock import FileLock
 from numpy.typing import NDArray
 
 from medtpp.config import Options
-from medtpp.data.cache import Progress, cache_root, case_digest, parallel
+from medtpp.data.cache import Progress, cache_root, parallel
 from medtpp.data.case import Case, Structure
-from medtpp.data.npz import ARCHIVE
+from medtpp.data.digests import file_digests
 from medtpp.data.restore import Restore
 from medtpp.data.volume_preprocess import VolumePreprocessing, overlapping, quantise
 from medtpp.data.volume_scan import WORKERS, Reader
@@ -33,7 +31,6 @@ from medtpp.errors import DataError, OutputError
 from medtpp.files import atomic, digest, read_json, write_json
 from medtpp.seeds import Seeds
 
-DETACHED = (".mhd", ".nhdr", ".hdr")
 COORDINATES = 2_000  # of the voxels of each structure that are kept for balanced sampling
 # Sides of what is compressed together, and of what is read together: several blocks hold a patch, few of them more.
 BLOCK = {2: 128, 3: 32}
@@ -175,7 +172,7 @@ class _Writer:
 
     def _name(self, case: Case, masked: bool) -> str:
         values = repr([structure.values for structure in self.structures]) if masked else ""
-        return digest(self.preprocessing.model_dump_json(), values, *_file_digests(case, masked))
+        return digest(self.preprocessing.model_dump_json(), values, *file_digests(case, masked))
 
     def _find(self, name: str) -> VolumeRecord | None:
         """The record of a whole case; None where there is none, or a broken one."""
@@ -235,33 +232,6 @@ class _Writer:
         stream = io.BytesIO()
         np.save(stream, coordinates)
         return tuple(counts), stream.getvalue()
-
-
-def _file_digests(case: Case, masked: bool) -> Iterator[str]:
-    """Digests of a case's files, each after what it is to the case."""
-    if case.image.suffix.lower() == ARCHIVE:  # one file for all cases
-        yield from ("image", case_digest(case))
-        return
-    roles = {
-        "image": case.files or (case.image,),
-        "channel": case.channels,
-        "mask": (case.mask,) if masked and case.mask is not None else (),
-    }
-    for role, paths in roles.items():
-        for path in paths:
-            # A header such as .mhd or .nhdr leaves the voxels to a file of the same stem.
-            parts = sorted(path.parent.glob(f"{glob.escape(path.stem)}.*")) if path.suffix in DETACHED else [path]
-            for part in parts:
-                yield role
-                yield _file_digest(part)
-
-
-def _file_digest(path: Path) -> str:
-    try:
-        with path.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
-    except OSError as error:
-        return digest("unreadable", str(error.strerror))
 
 
 def _pack(array: NDArray[Any], channels: int) -> bytes:

@@ -1,12 +1,19 @@
-"""Every case of a data set read once: what preparing, splitting and checking need to know of it."""
+"""Every case of a data set read once: what preparing, splitting and checking need to know of it.
+
+What reading a case told is kept in the cache, under a name made from its files' bytes, so that the next command need
+not read it again. A case that cannot be used is not kept: it is tried again.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import io
+import json
 import math
+import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,19 +21,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medtpp.config import Modality
-from medtpp.data.cache import Progress, parallel
+from medtpp.data.cache import Progress, cache_root, parallel
 from medtpp.data.case import Case, Structure
+from medtpp.data.digests import file_digests
 from medtpp.data.geometry import Geometry, Volume
 from medtpp.data.restore import axes_to_ras
 from medtpp.data.volume_preprocess import content_box, label_mask
-from medtpp.errors import DataError
-from medtpp.files import digest
+from medtpp.errors import DataError, OutputError
+from medtpp.files import atomic, digest
 from medtpp.seeds import Seeds
 
 AIR = -500.0  # HU: halfway between air and water, as usual for the outline of the body
 SAMPLES = 10_000  # voxels per case that percentiles over the data set are made of; nnU-Net's
 WORKERS = 4  # volumes in memory at a time; SimpleITK itself uses all cores
 MOST_VALUES = 64  # in a mask; more are grey levels
+VERSION = 1  # of what is kept; changes with the arithmetic
 
 Units = Literal["HU", "levels", "none"]
 
@@ -88,10 +97,11 @@ def scan_volumes(
     structures: Sequence[Structure] | None,
     modality: Modality,
     reader: Reader,
+    folder: Path | None = None,
     workers: int = WORKERS,
     progress: Progress | None = None,
 ) -> dict[str, VolumeScan]:
-    """Read all cases once; in memory are one volume per worker and 10,000 voxels per case.
+    """Read all cases that were not read before; in memory are one volume per worker and 10,000 voxels per case.
 
     Args:
         cases: With masks or without.
@@ -99,6 +109,7 @@ def scan_volumes(
             masks alone.
         modality: "ct": files that tell no units, such as NIfTI, hold HU.
         reader: Reads images and masks.
+        folder: Where what reading told is kept; `cache_root()` by default.
         workers: Threads.
         progress: Called with the numbers of cases done and in all.
 
@@ -107,11 +118,19 @@ def scan_volumes(
     """
 
     def examine(case: Case) -> VolumeScan:
+        name = _name(case, structures, modality)
+        kept = _find(home / name)
+        if kept is not None:
+            return kept
         try:
-            return _examine(case, structures, modality, reader)
+            scan = _examine(case, structures, modality, reader)
         except DataError as error:
             return VolumeScan(case.id, error=str(error))
+        if _name(case, structures, modality) == name:  # else it changed while it was read
+            _keep(home / name, scan)
+        return scan
 
+    home = folder or cache_root()
     found = {}
     with closing(parallel(examine, cases, workers)) as results:
         for done, scan in enumerate(results, start=1):
@@ -119,6 +138,35 @@ def scan_volumes(
             if progress:
                 progress(done, len(cases))
     return found
+
+
+def _name(case: Case, structures: Sequence[Structure] | None, modality: Modality) -> str:
+    masked = case.mask is not None and structures is not None
+    values = repr([structure.values for structure in structures or ()]) if masked else ""
+    return digest(str(VERSION), case.id, values, str(modality == "ct"), *file_digests(case, masked)) + ".scan"
+
+
+def _find(path: Path) -> VolumeScan | None:
+    """What was kept; None where there is nothing, or a broken file."""
+    try:
+        with np.load(path, allow_pickle=False) as kept:
+            told = json.loads(str(kept["told"]))
+            for name in ("shape", "spacing", "content", "values"):
+                told[name] = None if told[name] is None else tuple(told[name])
+            return VolumeScan(**told, samples=kept["samples"])
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
+        return None
+
+
+def _keep(path: Path, scan: VolumeScan) -> None:
+    told = {name: value for name, value in asdict(scan).items() if name != "samples"}
+    stream = io.BytesIO()
+    np.savez_compressed(stream, told=json.dumps(told), samples=scan.samples)
+    try:
+        with atomic(path) as temporary:
+            temporary.write_bytes(stream.getvalue())
+    except OutputError:
+        pass  # a full disk: `check` needs none, and whoever goes on to prepare volumes is told
 
 
 def structures_in(scans: Iterable[VolumeScan]) -> tuple[Structure, ...]:
