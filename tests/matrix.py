@@ -2,13 +2,15 @@
 
 Tuners and pretext tasks come from the registries, so that a new one runs through the contract without an edit here. The
 backbones are the smallest networks that have each kind's peculiarities; timm knows them by name, so that they load from
-a folder like any other, and `peft` finds them too.
+a folder like any other, and `peft` finds them too. `make test` runs each tuner with two kinds of backbones, and LoRA and
+SSF with all; `make slow` runs the rest.
 """
 
 from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import pytest
 import torch
 from timm.models import register_model
 from timm.models.eva import Eva
@@ -67,6 +69,16 @@ VARIANTS = tuple(_KINDS)
 TUNED = [(tuner, variant) for tuner in TUNERS.names() for variant in VARIANTS]
 WITH_TARGETS = [(tuner, variant) for tuner, variant in TUNED if TUNERS.get(tuner).has_targets]
 PRETRAINED = [(pretext, *pair) for pretext in PRETEXTS.names() for pair in WITH_TARGETS]
+
+
+def params(cells: list[tuple[str, ...]]) -> list:
+    """Cells that end in tuner and variant, as parameters of a test; what a cover of pairs leaves out is slow."""
+    names = TUNERS.names()
+
+    def covered(tuner: str, variant: str) -> bool:
+        return tuner in ("lora", "ssf") or (names.index(tuner) + VARIANTS.index(variant)) % 3 == 0
+
+    return [pytest.param(*cell, marks=() if covered(*cell[-2:]) else pytest.mark.slow) for cell in cells]
 
 
 @cache

@@ -1,116 +1,27 @@
-"""LoRA and DoRA through Hugging Face peft, in peft's own file format."""
+"""LoRA, rsLoRA and DoRA, through peft."""
 
 from __future__ import annotations
 
-import copy
-import re
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
-from typing import Any, ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft import LoraConfig, PeftConfig
 from pydantic import Field
-from torch import Tensor
 
 from medtpp.backbones import Backbone
 from medtpp.config import TUNERS, MethodOptions
-from medtpp.errors import ConfigError
 from medtpp.seeds import Seeds
-from medtpp.tuners.base import TunedBackbone, Tuner, check_keys
-
-Role = Literal["attention.qkv", "attention.projection", "mlp.in", "mlp.out"]
+from medtpp.tuners._peft import PeftOptions, PeftTuner
 
 
-class PeftBackbone(TunedBackbone):
-    """A backbone whose encoder a `peft` method has changed in place.
-
-    Args:
-        source: The backbone.
-        config: The peft configuration.
-        seeds: Decide the initialisation.
-    """
-
-    def __init__(self, source: Backbone, config: Any, seeds: Seeds) -> None:
-        super().__init__(source)
-        with seeds.scope("tuner"):
-            peft_model: PeftModel = get_peft_model(source.encoder, config)
-        for layer in peft_model.modules():
-            if isinstance(layer, BaseTunerLayer):
-                # Autocast chooses the types already; peft would cast each input to float32 and back. DoRA needs that:
-                # it takes the norms of its weights in the type of its input, and bfloat16's would move the start.
-                layer.cast_input_dtype_enabled = getattr(config, "use_dora", False)
-        # The PeftModel holds the same encoder: not a submodule of its own, or every weight would be named twice.
-        self._peft = [peft_model]
-        self._own({name: p for name, p in peft_model.named_parameters() if p.requires_grad})
-        self.train(False)
-
-    @property
-    def peft_model(self) -> PeftModel:
-        """The encoder as peft sees it."""
-        return self._peft[0]
-
-    def bypass(self) -> AbstractContextManager[None]:
-        """See `TunedBackbone.bypass`."""
-        context: AbstractContextManager[None] = self.peft_model.disable_adapter()
-        return context
-
-    def fold(self) -> Backbone:
-        """See `TunedBackbone.fold`."""
-        twin = copy.deepcopy(self)
-        backbone = twin.source
-        backbone.encoder = twin.peft_model.merge_and_unload(safe_merge=True)
-        return backbone
-
-    def adapter_config(self) -> dict[str, Any]:
-        """Peft's configuration as plain values."""
-        config = self.peft_model.peft_config["default"]
-        values = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
-        return {**values, "base_model_name_or_path": self.spec.architecture, "inference_mode": True}
-
-    def adapter_state(self) -> dict[str, Tensor]:
-        """Peft's state with peft's names."""
-        state: dict[str, Tensor] = get_peft_model_state_dict(self.peft_model)
-        return state
-
-    def load_adapter_state(self, state: Mapping[str, Tensor]) -> None:
-        """See `TunedBackbone.load_adapter_state`."""
-        check_keys(state, self.adapter_state())
-        set_peft_model_state_dict(self.peft_model, dict(state))
-
-
-def target_pattern(backbone: Backbone, roles: tuple[str, ...]) -> str:
-    """An anchored pattern of module paths: peft matches bare names anywhere (`proj` is in `patch_embed.proj` too).
-
-    Block numbers are folded, so that the pattern stays readable in adapter_config.json.
-
-    Raises:
-        ConfigError: The backbone has no module with one of these roles.
-    """
-    paths = backbone.layout.paths(*roles)
-    if not paths:
-        raise ConfigError(f"{backbone.spec.name} has no modules with the roles {', '.join(roles)}.")
-    folded = dict.fromkeys(re.sub(r"(?<=\\\.)\d+(?=\\\.)", r"\\d+", re.escape(path)) for path in paths)
-    return f"^(?:{'|'.join(folded)})$"
-
-
-class _LowRankOptions(MethodOptions):
-    """What LoRA and DoRA have in common."""
+class _LowRankOptions(PeftOptions):
+    """What these methods have in common."""
 
     rank: int = Field(8, ge=1, description="rank of the update")
     alpha: float = Field(16.0, gt=0, description="the update is scaled by alpha / rank")
-    roles: tuple[Role, ...] = Field(get_args(Role), min_length=1, description="which linear layers get an update")
 
-
-def _attach(backbone: Backbone, options: _LowRankOptions, seeds: Seeds, **variant: bool) -> PeftBackbone:
-    config = LoraConfig(
-        r=options.rank,
-        lora_alpha=options.alpha,
-        target_modules=target_pattern(backbone, options.roles),
-        bias="none",
-        **variant,
-    )
-    return PeftBackbone(backbone, config, seeds)
+    def config(self, targets: str, **variant: bool) -> PeftConfig:
+        """Peft's configuration."""
+        return LoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=targets, bias="none", **variant)
 
 
 class LoRAOptions(_LowRankOptions):
@@ -120,16 +31,37 @@ class LoRAOptions(_LowRankOptions):
 
 
 @TUNERS.register("lora")
-class LoRA(Tuner[LoRAOptions]):
+class LoRA(PeftTuner[LoRAOptions]):
     """A low-rank update beside linear layers: W x + (alpha / rank) B A x, with B starting at zero (Hu et al.)."""
 
     Options: ClassVar[type[MethodOptions]] = LoRAOptions
     summary: ClassVar[str] = "low-rank updates of linear layers, through peft (arXiv 2106.09685)"
     learning_rate: ClassVar[float] = 1e-3
 
-    def attach(self, backbone: Backbone, seeds: Seeds, images: Tensor | None = None) -> TunedBackbone:  # noqa: ARG002
-        """See `Tuner.attach`."""
-        return _attach(backbone, self.options, seeds)
+    def configure(self, backbone: Backbone, targets: str, seeds: Seeds) -> PeftConfig:  # noqa: ARG002
+        """See `PeftTuner.configure`."""
+        return self.options.config(targets)
+
+
+class RsLoRAOptions(_LowRankOptions):
+    """Options of rsLoRA."""
+
+    name: Literal["rslora"] = "rslora"
+    rank: int = Field(32, ge=1, description="rank of the update")
+    alpha: float = Field(16.0, gt=0, description="the update is scaled by alpha / sqrt(rank)")
+
+
+@TUNERS.register("rslora")
+class RsLoRA(PeftTuner[RsLoRAOptions]):
+    """LoRA whose update is scaled by alpha / sqrt(rank), so that high ranks learn as well (Kalajdzievski)."""
+
+    Options: ClassVar[type[MethodOptions]] = RsLoRAOptions
+    summary: ClassVar[str] = "LoRA scaled for high ranks, through peft (arXiv 2312.03732)"
+    learning_rate: ClassVar[float] = 1e-3
+
+    def configure(self, backbone: Backbone, targets: str, seeds: Seeds) -> PeftConfig:  # noqa: ARG002
+        """See `PeftTuner.configure`."""
+        return self.options.config(targets, use_rslora=True)
 
 
 class DoRAOptions(_LowRankOptions):
@@ -139,7 +71,7 @@ class DoRAOptions(_LowRankOptions):
 
 
 @TUNERS.register("dora")
-class DoRA(Tuner[DoRAOptions]):
+class DoRA(PeftTuner[DoRAOptions]):
     """LoRA's update, after which each row of the weights gets a learned length: (m / |V|) V x (Liu et al.).
 
     V is W + (alpha / rank) B A, and m starts as the lengths of W's rows. No gradient goes through |V|, as in the paper.
@@ -151,6 +83,6 @@ class DoRA(Tuner[DoRAOptions]):
     )
     learning_rate: ClassVar[float] = 1e-3
 
-    def attach(self, backbone: Backbone, seeds: Seeds, images: Tensor | None = None) -> TunedBackbone:  # noqa: ARG002
-        """See `Tuner.attach`."""
-        return _attach(backbone, self.options, seeds, use_dora=True)
+    def configure(self, backbone: Backbone, targets: str, seeds: Seeds) -> PeftConfig:  # noqa: ARG002
+        """See `PeftTuner.configure`."""
+        return self.options.config(targets, use_dora=True)
