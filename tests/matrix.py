@@ -2,7 +2,7 @@
 
 Tuners and pretext tasks come from the registries, so that a new one runs through the contract without an edit here. The
 backbones are the smallest networks that have each kind's peculiarities; timm knows them by name, so that they load from
-a folder like any other, and `peft` finds them too. `make test` runs each tuner with two kinds of backbones, and LoRA and
+a folder like any other, and `peft` finds them too. `make test` runs each tuner with two kinds of backbones, LoRA and
 SSF with all; `make slow` runs the rest.
 """
 
