@@ -25,7 +25,7 @@ from medtpp.data.preprocess import Preprocessing
 from medtpp.seeds import Draws, Seeds
 from medtpp.training.device import make_fabric
 from medtpp.training.finetune import SupervisedModule
-from medtpp.training.loop import Group, Schedule, fit
+from medtpp.training.loop import Group, Hooks, Schedule, fit
 from medtpp.training.stage import PretextModule
 
 warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # about itself
@@ -83,7 +83,7 @@ class Medtpp:
                 groups,
                 stream or self.fixed(),
                 Schedule(steps),
-                after_step=lambda done, total: clock.step(done),  # noqa: ARG005
+                hooks=Hooks(lambda done, total: clock.step(done)),  # noqa: ARG005
             )
 
     def fixed(self) -> BatchStream:

@@ -158,6 +158,7 @@ def _kind(annotation: Any) -> str:
         str: "text",
         Path: "path",
         types.NoneType: "",
+        Any: "any value",
     }
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:

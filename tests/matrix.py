@@ -2,8 +2,7 @@
 
 Tuners and pretext tasks come from the registries, so that a new one runs through the contract without an edit here. The
 backbones are the smallest networks that have each kind's peculiarities; timm knows them by name, so that they load from
-a folder like any other, and `peft` finds them too. `make test` runs each tuner with two kinds of backbones, LoRA and
-SSF with all; `make slow` runs the rest.
+a folder like any other, and `peft` finds them too. `make test` runs a cover of pairs, `make slow` the rest.
 """
 
 from functools import cache, partial
@@ -72,13 +71,21 @@ PRETRAINED = [(pretext, *pair) for pretext in PRETEXTS.names() for pair in WITH_
 
 
 def params(cells: list[tuple[str, ...]]) -> list:
-    """Cells that end in tuner and variant, as parameters of a test; what a cover of pairs leaves out is slow."""
-    names = TUNERS.names()
+    """Cells of (tuner, variant) or (pretext, tuner, variant) as parameters of a test; those outside the cover are slow.
 
-    def covered(tuner: str, variant: str) -> bool:
-        return tuner in ("lora", "ssf") or (names.index(tuner) + VARIANTS.index(variant)) % 3 == 0
+    The cover has two variants for each tuner, and each pair of pretext and tuner, of pretext and variant, of tuner and
+    variant once.
+    """
+    pretexts, names = PRETEXTS.names(), TUNERS.names()
 
-    return [pytest.param(*cell, marks=() if covered(*cell[-2:]) else pytest.mark.slow) for cell in cells]
+    def covered(*cell: str) -> bool:
+        *pretext, tuner, variant = cell
+        place = names.index(tuner) + VARIANTS.index(variant)
+        if pretext:
+            return (place + pretexts.index(pretext[0])) % len(VARIANTS) == 0
+        return tuner in ("lora", "ssf") or place % (len(VARIANTS) // 2) == 0
+
+    return [pytest.param(*cell, marks=() if covered(*cell) else pytest.mark.slow) for cell in cells]
 
 
 @cache
@@ -106,9 +113,11 @@ def attach(tuner: str, variant: str, seed: int = 0) -> tuners.TunedBackbone:
 
 
 def make_pretext(name: str, backbone: backbones.Backbone):
-    """The pretext task with its default options."""
+    """The pretext task with its default options, ready to train."""
     method = PRETEXTS.get(name)
-    return method(method.Options(), backbone.spec, Seeds(0))
+    pretext = method(method.Options(), backbone.spec, Seeds(0))
+    pretext.begin(backbone)
+    return pretext
 
 
 def card_of(tuner: str, variant: str, **fields) -> AdapterCard:

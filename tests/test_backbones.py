@@ -313,7 +313,7 @@ def test_the_default_backbone_comes_with_the_package():
         "pixels",
     )
     mae = PRETEXTS.get("mae")
-    assert mae(mae.Options(), backbone.spec, Seeds(0)).load_head(backbone.pretext_heads["mae"])
+    assert mae(mae.Options(), backbone.spec, Seeds(0)).load_head(backbone.pretext_heads)
     assert len(seen_by(options).images) > 7000
     larger = backbones.load(options, image_size=224)
     assert larger.encode(torch.rand(1, 1, 224, 224)).patches.shape == (1, 196, 192)

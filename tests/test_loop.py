@@ -15,7 +15,7 @@ from torch import nn
 from medtpp.data.batches import BatchStream
 from medtpp.errors import MedtppError, WeightsError
 from medtpp.seeds import Seeds
-from medtpp.training.loop import Group, Schedule, fit
+from medtpp.training.loop import Group, Hooks, Schedule, fit
 from medtpp.training.resume import LOG, RESUME, finish
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (20, 1, 4, 4), dtype=np.uint8)
@@ -71,9 +71,10 @@ def stream(batch_size=6, images=IMAGES):
     return BatchStream(images, np.arange(20), keys, LABELS, batch_size, Seeds(0))
 
 
-def train(net=None, schedule=None, data=None, **options):
+def train(net=None, schedule=None, data=None, after_step=None, **options):
     net = Net() if net is None else net
     fabric = Fabric(accelerator="cpu", devices=1)
+    options.setdefault("hooks", Hooks(after_step))
     record = fit(fabric, net, net.groups(), data or stream(), schedule or Schedule(20), **options)
     return net, record
 

@@ -48,9 +48,9 @@ from medtpp.seeds import Seeds
 from medtpp.tasks.base import Task
 from medtpp.training.device import choose_precision, mixed, quiet_fabric
 from medtpp.training.finetune import SupervisedModule, resolve_finetune
-from medtpp.training.loop import Group, fit
+from medtpp.training.loop import Group, Hooks, fit
 from medtpp.training.stage import PretextModule, number, schedule_of
-from medtpp.training.tpp import make_pretext, resolve_tpp, warm_up_heads
+from medtpp.training.tpp import make_pretext, require_batches, resolve_tpp, warm_up_heads
 from medtpp.tuners import TunedBackbone
 
 Adapters = Adapter | Sequence[Adapter]
@@ -129,6 +129,7 @@ def tpp(
             model.seen_channels = first.shape[1]
         model.eval()
         task, trained_head = make_pretext(pretext_options, backbone, seeds)
+        task.begin(backbone)
         module = PretextModule(backbone, task).to(device)
         reached = _reached(module, wanted, first[:8].to(device), seeds)
         for name, parameter in wanted.items():
@@ -139,6 +140,7 @@ def tpp(
         chosen = resolve_tpp(
             chosen, images=number_of_images, learning_rate=rate, spec=backbone.spec, trained_head=trained_head
         )
+        require_batches(task, chosen)
         warmup = number(chosen.head_warmup)
         stream = UserStream(images, None, number(chosen.batch_size), seeds)
         fabric = _fabric(device, precision)
@@ -148,8 +150,7 @@ def tpp(
         head = Group("pretext", dict(task.named_parameters()), chosen.head_learning_rate)
         if warmup:
             warm_up_heads(fabric, module, [head], [targets], stream, warmup)
-        after_step = model.after_step if isinstance(model, TunedBackbone) else None
-        record = fit(fabric, module, [targets, head], stream, schedule_of(chosen), title="TPP", after_step=after_step)
+        record = fit(fabric, module, [targets, head], stream, schedule_of(chosen), title="TPP", hooks=module.hooks())
     card = TPPCard(
         pretext=pretext_options.model_dump(mode="json"),
         steps=number(chosen.steps),
@@ -223,7 +224,7 @@ def finetune(
             stream,
             schedule_of(chosen),
             title="fine-tuning",
-            after_step=model.after_step,
+            hooks=Hooks(model.after_step),
         )
     return head.eval()
 

@@ -105,6 +105,10 @@ class Draws:
         """The same draws on another device."""
         return Draws(self.visits.to(device))
 
+    def child(self, name: str) -> Draws:
+        """Other draws of the same cases, such as those of one of two views."""
+        return Draws(_mix(self.visits ^ name_key(name)))
+
     def __getitem__(self, rows: slice) -> Draws:
         return Draws(self.visits[rows])
 

@@ -190,9 +190,14 @@ class Backbone(nn.Module, ABC):
             taps: Blocks whose output is wanted as a feature map, in the order of the blocks; needs all patches.
         """
 
-    def forward(self, images: Tensor) -> Features:
-        """`encode` without options."""
-        return self.encode(images)
+    def forward(self, images: Tensor, mask: Tensor | None = None, mask_token: Tensor | None = None) -> Features:
+        """`encode`, as `torch.func.functional_call` wants it."""
+        return self.encode(images, mask=mask, mask_token=mask_token)
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Inside this context, the backbone computes as its source alone would; a plain one does so anyway."""
+        yield
 
     def normalise(self, images: Tensor) -> Tensor:
         """Match grey and colour to the encoder's channels and normalise: (B, C, *spatial) to the encoder's input.

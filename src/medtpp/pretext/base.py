@@ -20,6 +20,11 @@ class Pretext(nn.Module, ABC):
         Options: Its pydantic options.
         summary: One line for lists, with the paper.
         needs: Capabilities that a backbone must have.
+        couples_images: Whether the loss of an image depends on the others in its batch, so that a batch cannot be
+            computed in parts.
+        least_batch: Images that a batch must have at least.
+
+    What training changes beside its parameters must be persistent buffers, changed in place: a resumed run finds them.
 
     Args:
         options: Its options.
@@ -29,10 +34,18 @@ class Pretext(nn.Module, ABC):
 
     Options: ClassVar[type[MethodOptions]]
     summary: ClassVar[str]
-    needs: ClassVar[frozenset[str]] = frozenset()
+    needs: frozenset[str] = frozenset()
+    couples_images: bool = False
+    least_batch: int = 1
 
     @abstractmethod
     def __init__(self, options: MethodOptions, spec: Spec, seeds: Seeds) -> None: ...
+
+    @property
+    def name(self) -> str:
+        """Under which the task is registered."""
+        name: str = self.Options.model_fields["name"].default
+        return name
 
     @abstractmethod
     def loss(self, backbone: Backbone, images: Tensor, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
@@ -47,13 +60,32 @@ class Pretext(nn.Module, ABC):
             A scalar, and values worth logging.
         """
 
+    def begin(self, backbone: Backbone) -> None:
+        """Called once before training, with what requires gradients in the backbone known."""
+
+    def after_step(self, backbone: Backbone, step: int, total: int) -> None:
+        """Called after each optimiser step, for tasks with averages of parameters or queues.
+
+        Args:
+            backbone: As given to `loss`.
+            step: Steps done.
+            total: Steps in all.
+        """
+
     def preview(self, backbone: Backbone, images: Tensor, draws: Draws) -> dict[str, Tensor]:  # noqa: ARG002
         """Pictures of what the task does, (B, C, *spatial) in [0, 1] by name; none by default."""
         return {}
 
-    def load_head(self, state: Mapping[str, Tensor]) -> bool:
-        """Start from a trained head. False, and nothing changes, where its shapes are other than this one's."""
-        own = self.state_dict()
+    def load_head(self, heads: Mapping[str, Mapping[str, Tensor]]) -> bool:
+        """Start from the trained head of this task, if there is one.
+
+        Args:
+            heads: States of heads by the name of their task.
+
+        Returns:
+            False, and nothing changes, where there is none or its shapes are other than this one's.
+        """
+        state, own = heads.get(self.name, {}), self.state_dict()
         if own.keys() != state.keys() or any(own[key].shape != state[key].shape for key in own):
             return False
         self.load_state_dict(state)

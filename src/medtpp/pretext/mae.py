@@ -6,14 +6,12 @@ import math
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field
-from timm.models.vision_transformer import Block
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from medtpp.backbones import Backbone, Spec, match_channels, training_attention
+from medtpp.backbones import Backbone, Spec, match_channels
 from medtpp.config import PRETEXTS, MethodOptions
-from medtpp.pretext.base import Pretext
+from medtpp.pretext.masked import MaskedOptions, MaskedPretext
 from medtpp.seeds import Draws, Seeds
 
 # A patch whose standard deviation is under this share of its image's is air, or the border of a scan: normalising it
@@ -21,40 +19,22 @@ from medtpp.seeds import Draws, Seeds
 NEAR_CONSTANT = 0.02
 
 
-class MAEOptions(MethodOptions):
+class MAEOptions(MaskedOptions):
     """Options of MAE."""
 
     name: Literal["mae"] = "mae"
-    mask_ratio: float = Field(0.75, gt=0, lt=1, description="share of the patches that is hidden")
-    decoder_depth: int = Field(2, ge=1, description="blocks of the pretext decoder")
-    decoder_width: int = Field(128, ge=32, multiple_of=32, description="channels of the pretext decoder")
 
 
 @PRETEXTS.register("mae")
-class MAE(Pretext):
+class MAE(MaskedPretext):
     """Masked autoencoding with normalised pixels; near-constant patches are left out of the loss."""
 
     Options: ClassVar[type[MethodOptions]] = MAEOptions
     summary: ClassVar[str] = "predict the pixels of hidden patches from the visible ones (arXiv 2111.06377)"
-    needs: ClassVar[frozenset[str]] = frozenset({"drops_tokens"})
+    needs = frozenset({"drops_tokens"})
 
     def __init__(self, options: MAEOptions, spec: Spec, seeds: Seeds) -> None:
-        nn.Module.__init__(self)
-        width = options.decoder_width
-        self.patch = spec.patch
-        self.channels = spec.channels
-        self.num_patches = math.prod(spec.grid)
-        self.num_visible = min(self.num_patches - 1, max(1, round(self.num_patches * (1 - options.mask_ratio))))
-        with seeds.scope("pretext", "mae"):
-            self.embed = nn.Linear(spec.width, width)
-            self.mask_token = nn.Parameter(torch.randn(width) * 0.02)
-            self.blocks = nn.Sequential(
-                *[Block(width, num_heads=width // 32, qkv_bias=True) for _ in range(options.decoder_depth)]
-            )
-            self.norm = nn.LayerNorm(width)
-            self.predict = nn.Linear(width, math.prod(spec.patch) * spec.channels)
-        self.positions: Tensor
-        self.register_buffer("positions", sincos_positions(spec.grid, width), persistent=False)
+        super().__init__(options, spec, seeds, outputs=math.prod(spec.patch) * spec.channels)
 
     def loss(self, backbone: Backbone, images: Tensor, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean squared error on normalised pixels of the hidden patches, averaged per image, then over the batch."""
@@ -66,33 +46,11 @@ class MAE(Pretext):
         loss = ((error * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1)).mean()
         return loss, {"kept_in_loss": weight.mean()}
 
-    def split(self, draws: Draws) -> tuple[Tensor, Tensor]:
-        """Indices of the visible patches (B, K), and of the hidden ones (B, H), K + H = N."""
-        ids_shuffle = draws.permutation("mask", self.num_patches)
-        return ids_shuffle[:, : self.num_visible], ids_shuffle[:, self.num_visible :]
-
-    def decode(self, backbone: Backbone, images: Tensor, ids_keep: Tensor, ids_hidden: Tensor) -> Tensor:
-        """Predicted normalised pixels (B, H, p*C) of the hidden patches."""
-        features = backbone.encode(images, keep=ids_keep)
-        tokens = self.embed(features.tokens)  # (B, P + K, W): P prefix tokens, which have no place in the image
-        prefix, visible = tokens[:, : features.prefix], tokens[:, features.prefix :]
-        positions = self.positions.to(tokens.dtype)
-        hidden = self.mask_token.to(tokens.dtype) + positions[ids_hidden]  # (B, H, W)
-        x = torch.cat([prefix, visible + positions[ids_keep], hidden], dim=1)  # attention needs no order
-        with training_attention(self.blocks, x):
-            x = self.blocks(x)[:, -ids_hidden.shape[1] :]  # (B, H, W)
-        predicted: Tensor = self.predict(self.norm(x))
-        return predicted
-
     def targets(self, images: Tensor, ids_hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Normalised pixels (B, H, p*C) of the hidden patches and their weights (B, H), 0 for near-constant ones."""
         images = match_channels(images, self.channels).float()
         patches = patchify(images, self.patch)  # (B, N, p*C)
-        patches = patches.gather(1, ids_hidden[..., None].expand(-1, -1, patches.shape[-1]))
-        centred, deviation = centre(patches)  # (B, H, p*C), (B, H, 1)
-        _, overall = centre(images.flatten(1))  # (B, 1)
-        weight = (deviation[..., 0] > NEAR_CONSTANT * overall).float()
-        return centred / (deviation.square() + 1e-6).sqrt(), weight
+        return normalised(patches.gather(1, ids_hidden[..., None].expand(-1, -1, patches.shape[-1])), images)
 
     @torch.no_grad()
     def preview(self, backbone: Backbone, images: Tensor, draws: Draws) -> dict[str, Tensor]:
@@ -110,6 +68,14 @@ class MAE(Pretext):
             "masked": unpatchify(masked, self.patch, shape),
             "restored": unpatchify(restored, self.patch, shape).clamp(0, 1),
         }
+
+
+def normalised(patches: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Patches (B, H, p*C) of images, each less its mean and over its deviation, and weights (B, H): 0 for flat ones."""
+    centred, deviation = centre(patches)  # (B, H, p*C), (B, H, 1)
+    _, overall = centre(images.flatten(1))  # (B, 1)
+    weight = (deviation[..., 0] > NEAR_CONSTANT * overall).float()
+    return centred / (deviation.square() + 1e-6).sqrt(), weight
 
 
 def centre(values: Tensor) -> tuple[Tensor, Tensor]:
@@ -139,13 +105,3 @@ def unpatchify(patches: Tensor, patch: tuple[int, ...], spatial: tuple[int, ...]
         axis for pair in zip(range(1, dims + 1), range(dims + 1, 2 * dims + 1), strict=True) for axis in pair
     ]
     return x.permute(0, 2 * dims + 1, *interleaved).reshape(len(patches), -1, *spatial)
-
-
-def sincos_positions(grid: tuple[int, ...], width: int) -> Tensor:
-    """(N, width) fixed sine and cosine positions; each axis has an equal share of the channels, a rest stays zero."""
-    share = width // (2 * len(grid))
-    frequencies = 10000.0 ** (-torch.arange(share) / share)
-    axes = torch.meshgrid(*[torch.arange(size, dtype=torch.float32) for size in grid], indexing="ij")
-    angles = [axis.flatten()[:, None] * frequencies for axis in axes]  # (N, share) each
-    table = torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], dim=1)
-    return nn.functional.pad(table, (0, width - table.shape[1]))

@@ -25,7 +25,7 @@ from medtpp.files import MARKER, write_json
 from medtpp.seeds import Draws, Seeds
 from medtpp.tasks.base import Task
 from medtpp.training.device import make_fabric
-from medtpp.training.loop import Group, fit
+from medtpp.training.loop import Group, Hooks, fit
 from medtpp.training.resume import finish
 from medtpp.training.stage import (
     StageData,
@@ -184,7 +184,7 @@ def _train(fabric: Fabric, inputs: FinetuneInputs, folder: Path) -> StageResult:
         schedule_of(options, number(options.validate_every)),
         folder=folder,
         title="fine-tuning",
-        after_step=tuned.after_step,
+        hooks=Hooks(tuned.after_step),
         validate=validation.score if options.keep == "best" else None,
     )
     result = StageResult(number(options.steps), batch_size, rate, record, parameters=count_parameters(tuned, head=task))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -53,6 +53,21 @@ class Group:
 
 
 @dataclass(frozen=True)
+class Hooks:
+    """What a method needs of the loop beside its gradients.
+
+    Attributes:
+        after_step: Called with (steps done, steps in all) after each step.
+        buffers: Gives what training changes beside the parameters, in place; a resumed run finds it.
+        divisible: Whether a batch may be computed in parts: not where its images are compared with each other.
+    """
+
+    after_step: Callable[[int, int], None] | None = None
+    buffers: Callable[[], Mapping[str, Tensor]] = dict
+    divisible: bool = True
+
+
+@dataclass(frozen=True)
 class Schedule:
     """How long and how the loop trains; all numbers are optimiser steps.
 
@@ -89,7 +104,7 @@ def fit(
     *,
     folder: Path | None = None,
     title: str = "training",
-    after_step: Callable[[int, int], None] | None = None,
+    hooks: Hooks | None = None,
     validate: Callable[[], float] | None = None,
 ) -> Record:
     """Train the parameters of `groups`.
@@ -102,7 +117,7 @@ def fit(
         schedule: Steps and learning rates.
         folder: For `log.csv` and the resume file; nothing is written without. A resume file found there is taken up.
         title: For the progress display.
-        after_step: Called with (steps done, steps in all).
+        hooks: What the method needs beside.
         validate: Gives a score, higher is better; the parameters of the best score are kept in the end.
 
     Raises:
@@ -114,7 +129,8 @@ def fit(
         betas=(0.9, 0.999),
     )
     model, wrapped = fabric.setup(module, optimizer)
-    state = RunState(parameters, wrapped)
+    hooks = hooks or Hooks()
+    state = RunState(parameters, wrapped, hooks.buffers())  # after `setup`, which moves buffers to new places
     record = Record()
     start = state.resume(folder / RESUME, record, fabric) if folder else 0
     reached: set[str] = set()
@@ -127,7 +143,7 @@ def fit(
         for step, batch in enumerate(stream.iterate(start, schedule.steps), start=start):
             for group, options in zip(groups, wrapped.param_groups, strict=True):
                 options["lr"] = group.learning_rate * schedule.factor(step)
-            loss, logs, micro = _backward(fabric, model, wrapped, batch, micro)
+            loss, logs, micro = _backward(fabric, model, wrapped, batch, micro, hooks.divisible)
             norm = (
                 fabric.clip_gradients(module, wrapped, max_norm=schedule.clip, error_if_nonfinite=False)
                 if schedule.clip
@@ -141,8 +157,8 @@ def fit(
                     _check_reached(parameters, reached)
             wrapped.step()
             wrapped.zero_grad()
-            if after_step:
-                after_step(step + 1, schedule.steps)
+            if hooks.after_step:
+                hooks.after_step(step + 1, schedule.steps)
             seen += len(batch) * fabric.world_size
             recent.count(len(batch) * fabric.world_size)
             row = None
@@ -181,9 +197,9 @@ def fit(
 
 
 def _backward(
-    fabric: Fabric, model: Any, optimizer: Any, batch: Batch, micro: int
+    fabric: Fabric, model: Any, optimizer: Any, batch: Batch, micro: int, divisible: bool
 ) -> tuple[Tensor, dict[str, Tensor], int]:
-    """Gradients of one step in `micro` equal parts; twice as many parts when memory runs out."""
+    """Gradients of one step in `micro` equal parts; twice as many parts when memory runs out, if it may have parts."""
     batch = batch.to(fabric.device)
     while True:
         try:
@@ -201,6 +217,11 @@ def _backward(
         except (torch.OutOfMemoryError, RuntimeError) as error:
             if not _out_of_memory(error) or micro >= len(batch) or fabric.world_size > 1:
                 raise
+            if not divisible:
+                raise MedtppError(
+                    "Out of memory, and this pretext task compares the images of a batch with each other, so that a "
+                    f"batch cannot be computed in parts. Lower tpp.batch_size (now {len(batch)})."
+                ) from error
             optimizer.zero_grad()
             micro *= 2
             if fabric.device.type == "cuda":

@@ -28,7 +28,7 @@ from medtpp.data.fingerprints import Fingerprints
 from medtpp.errors import ConfigError
 from medtpp.files import MARKER, write_json, write_text
 from medtpp.pretext.base import Pretext
-from medtpp.pretext.mae import sincos_positions
+from medtpp.pretext.masked import sincos_positions
 from medtpp.seeds import Seeds
 from medtpp.training.device import make_fabric
 from medtpp.training.loop import Group, fit
@@ -98,12 +98,13 @@ def _train(fabric: Fabric, inputs: PretrainInputs, folder: Path) -> StageResult:
     _start_positions(backbone)
     backbone.encoder.requires_grad_(True)
     pretext: Pretext = PRETEXTS.get(inputs.pretext.name)(inputs.pretext, backbone.spec, seeds)
+    pretext.begin(backbone)
     module = PretextModule(backbone, pretext, Augmenter(inputs.augment, inputs.modality))
     matrices = {name: p for name, p in module.named_parameters() if p.ndim > 1}
     vectors = {name: p for name, p in module.named_parameters() if p.ndim <= 1}
     groups = [Group("matrices", matrices, rate, options.weight_decay), Group("vectors", vectors, rate)]
     stream = data.stream(batch_size, seeds.child("pretrain"), fabric)
-    record = fit(fabric, module, groups, stream, schedule, folder=folder, title="pre-training")
+    record = fit(fabric, module, groups, stream, schedule, folder=folder, title="pre-training", hooks=module.hooks())
     result = StageResult(schedule.steps, batch_size, rate, record)
     if fabric.global_rank == 0:
         spec = backbone.spec

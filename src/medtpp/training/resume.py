@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,11 +42,12 @@ class Record:
 
 
 class RunState:
-    """What a resume file holds: trained parameters, optimiser, best parameters so far, the log."""
+    """What a resume file holds: trained parameters, buffers, optimiser, best parameters so far, the log."""
 
-    def __init__(self, parameters: dict[str, nn.Parameter], optimizer: Any) -> None:
+    def __init__(self, parameters: dict[str, nn.Parameter], optimizer: Any, buffers: Mapping[str, Tensor]) -> None:
         self.parameters = parameters
         self.optimizer = optimizer
+        self.buffers = dict(buffers)
         self.best: dict[str, Tensor] | None = None
 
     def keep_best(self, score: float, step: int, record: Record) -> None:
@@ -70,6 +72,7 @@ class RunState:
                 {
                     "step": step,
                     "parameters": {name: parameter.detach().cpu() for name, parameter in self.parameters.items()},
+                    "buffers": {name: buffer.cpu() for name, buffer in self.buffers.items()},
                     "optimizer": self.optimizer.state_dict(),
                     "precision": fabric.strategy.precision.state_dict(),  # the scale of 16-bit gradients
                     "best": self.best,
@@ -88,19 +91,20 @@ class RunState:
             return 0
         try:
             saved = torch.load(path, map_location=fabric.device, weights_only=True)
-            keys = ("step", "parameters", "optimizer", "precision", "best")
-            step, parameters, optimizer, precision, best = (saved[key] for key in keys)
+            keys = ("step", "parameters", "buffers", "optimizer", "precision", "best")
+            step, parameters, buffers, optimizer, precision, best = (saved[key] for key in keys)
             rows, best_score, seconds = (saved["record"][name] for name in ("rows", "best", "seconds"))
-            shapes = {name: value.shape for name, value in parameters.items()}
+            shapes = {name: value.shape for name, value in (parameters | buffers).items()}
         except Exception as error:  # torch raises whatever the broken bytes lead to
             raise WeightsError(
                 f"{path} cannot be read ({type(error).__name__}). Delete it to begin this stage anew."
             ) from error
-        if shapes != {name: parameter.shape for name, parameter in self.parameters.items()}:
+        own = {**self.parameters, **self.buffers}
+        if shapes != {name: value.shape for name, value in own.items()}:
             raise WeightsError(f"{path} is of another experiment. Start anew with --overwrite.")
         with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                parameter.copy_(parameters[name])
+            for name, value in own.items():
+                value.copy_((parameters | buffers)[name])
         self.optimizer.load_state_dict(optimizer)
         fabric.strategy.precision.load_state_dict(precision)
         self.best = best

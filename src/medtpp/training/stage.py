@@ -29,7 +29,7 @@ from medtpp.pretext.base import Pretext
 from medtpp.seeds import Draws, Seeds, name_key
 from medtpp.training.dense import DenseReconstruction
 from medtpp.training.device import close_loggers
-from medtpp.training.loop import Group, Schedule
+from medtpp.training.loop import Group, Hooks, Schedule
 from medtpp.training.resume import Record
 from medtpp.tuners import TunedBackbone
 
@@ -142,6 +142,20 @@ class PretextModule(nn.Module):
         self.pretext = pretext
         self.augmenter = augmenter
         self.dense = dense
+
+    def hooks(self, head_alone: bool = False) -> Hooks:
+        """What tuner and pretext task need of the loop; the tuner nothing while the head trains alone."""
+
+        def after_step(step: int, total: int) -> None:
+            if isinstance(self.backbone, TunedBackbone) and not head_alone:
+                self.backbone.after_step(step, total)
+            self.pretext.after_step(self.backbone, step, total)
+
+        def buffers() -> dict[str, Tensor]:
+            state = self.pretext.state_dict(keep_vars=True)
+            return {f"pretext.{name}": value for name, value in state.items() if not isinstance(value, nn.Parameter)}
+
+        return Hooks(after_step, buffers, divisible=not self.pretext.couples_images)
 
     def forward(self, images: Tensor, targets: Tensor | None, visits: Tensor) -> tuple[Tensor, dict[str, Tensor]]:  # noqa: ARG002
         """The loss, and values to log."""

@@ -88,11 +88,13 @@ def _train(fabric: Fabric, inputs: TPPInputs, folder: Path) -> StageResult:
         trained_head=trained_head,
         devices=fabric.world_size,
     )
+    require_batches(pretext, options)
     batch_size, rate = number(options.batch_size), float(options.learning_rate)
     head_warmup = number(options.head_warmup)
     schedule = schedule_of(options)
     tuned = tuners.attach(backbone, experiment.tuner, seed=seeds)
     dense = make_dense(experiment, backbone.spec, seeds)
+    pretext.begin(tuned)
     module = PretextModule(tuned, pretext, augmenter_of(experiment, inputs.preprocessing), dense)
     heads = head_groups(pretext, dense, options.head_learning_rate)
     targets = tuner_groups(tuned, rate, options.weight_decay)
@@ -102,7 +104,14 @@ def _train(fabric: Fabric, inputs: TPPInputs, folder: Path) -> StageResult:
         warm_up_heads(fabric, module, heads, targets, warmup_stream, head_warmup)
     stream = data.stream(batch_size, seeds.child("tpp"), fabric)
     record = fit(
-        fabric, module, [*targets, *heads], stream, schedule, folder=folder, title="TPP", after_step=tuned.after_step
+        fabric,
+        module,
+        [*targets, *heads],
+        stream,
+        schedule,
+        folder=folder,
+        title="TPP",
+        hooks=module.hooks(),
     )
 
     images = data.images(limit=32).to(fabric.device)
@@ -179,13 +188,26 @@ def make_pretext(options: MethodOptions, backbone: backbones.Backbone, seeds: Se
     Raises:
         ConfigError: The backbone lacks what the task needs.
     """
-    method = PRETEXTS.get(options.name)
-    lacking = method.needs - backbone.spec.capabilities
+    pretext: Pretext = PRETEXTS.get(options.name)(options, backbone.spec, seeds)
+    lacking = pretext.needs - backbone.spec.capabilities
     if lacking:
         raise ConfigError(f"The pretext task {options.name} needs a backbone that {', '.join(sorted(lacking))}.")
-    pretext: Pretext = method(options, backbone.spec, seeds)
-    state = backbone.pretext_heads.get(options.name)
-    return pretext, state is not None and pretext.load_head(state)
+    return pretext, pretext.load_head(backbone.pretext_heads)
+
+
+def require_batches(pretext: Pretext, options: TPPOptions) -> None:
+    """Raise ConfigError if the pretext task cannot do with resolved batches."""
+    name, size = pretext.name, number(options.batch_size)
+    if options.accumulate > 1 and pretext.couples_images:
+        raise ConfigError(
+            f"tpp.accumulate is {options.accumulate}, but {name} compares the images of a batch with each other, so "
+            "that it cannot be computed in parts. Leave it at 1 and lower tpp.batch_size."
+        )
+    if size < pretext.least_batch:
+        raise ConfigError(
+            f"{name} needs batches of at least {pretext.least_batch} images; here there are {size}. Raise "
+            "tpp.batch_size, or use a task that needs no others in the batch, such as pretext=moco_v3 with its queue."
+        )
 
 
 def head_groups(pretext: Pretext, dense: DenseReconstruction | None, rate: float) -> list[Group]:
@@ -210,7 +232,7 @@ def warm_up_heads(
     for parameter in waiting:
         parameter.requires_grad_(False)
     try:
-        fit(fabric, module, heads, stream, Schedule(steps), title="pretext head")
+        fit(fabric, module, heads, stream, Schedule(steps), title="pretext head", hooks=module.hooks(head_alone=True))
     finally:
         for parameter in waiting:
             parameter.requires_grad_(True)

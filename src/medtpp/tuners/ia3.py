@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 from peft import IA3Config, PeftConfig
+from pydantic import Field
 
 from medtpp.backbones import Backbone
 from medtpp.config import TUNERS, MethodOptions
@@ -16,7 +17,9 @@ class IA3Options(PeftOptions):
     """Options of IA3."""
 
     name: Literal["ia3"] = "ia3"
-    roles: tuple[Role, ...] = ("attention.qkv", "mlp.out")
+    roles: tuple[Role, ...] = Field(
+        ("attention.qkv", "mlp.out"), min_length=1, description="which linear layers are scaled"
+    )
 
 
 @TUNERS.register("ia3")

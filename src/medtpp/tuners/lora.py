@@ -47,8 +47,8 @@ class RsLoRAOptions(_LowRankOptions):
     """Options of rsLoRA."""
 
     name: Literal["rslora"] = "rslora"
-    rank: int = Field(32, ge=1, description="rank of the update")
-    alpha: float = Field(16.0, gt=0, description="the update is scaled by alpha / sqrt(rank)")
+    rank: int = Field(16, ge=1, description="rank of the update")
+    alpha: float = Field(8.0, gt=0, description="the update is scaled by alpha / sqrt(rank)")
 
 
 @TUNERS.register("rslora")
