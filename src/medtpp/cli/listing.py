@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from medtpp.cli._common import console
+
+if TYPE_CHECKING:
+    from pydantic.fields import FieldInfo
 
 
 class Kind(StrEnum):
@@ -33,14 +37,19 @@ def list_(kind: Annotated[Kind, typer.Argument(help="What to list.")]) -> None:
             table.add_row(name, family.summary, "\n".join(family.examples))
     else:
         registry = {Kind.tuners: TUNERS, Kind.pretexts: PRETEXTS, Kind.tasks: TASKS}[kind]
-        for name in ("name", "what", "options (defaults)"):
+        for name in ("name", "what", *(["rate"] if kind is Kind.tuners else []), "options (defaults)"):
             table.add_column(name)
         for name, entry in registry.items():
             options = {key: field for key, field in entry.Options.model_fields.items() if key != "name"}
-            shown = [f"{key}={_brief(field.default)}" for key, field in options.items()]
-            table.add_row(name, entry.summary, "\n".join(shown))
+            shown = [f"{key}={_brief(field)}" for key, field in options.items()]
+            rate = [f"{entry.learning_rate:g}"] if kind is Kind.tuners else []
+            table.add_row(name, entry.summary, *rate, escape("\n".join(shown)))
     console.print(table)
 
 
-def _brief(value: object) -> str:
-    return f"[{', '.join(map(str, value))}]" if isinstance(value, tuple) else str(value)
+def _brief(field: FieldInfo) -> str:
+    value = field.default
+    if not isinstance(value, tuple):
+        return str(value)
+    known = get_args(get_args(field.annotation)[0])
+    return "all" if value == known else f"[{', '.join(map(str, value))}]"
