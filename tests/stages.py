@@ -66,10 +66,15 @@ def experiment(folder: Path, **sections) -> Experiment:
         "hardware": HARDWARE,
         "logging": {"tensorboard": False},
     }
-    merged = {
-        name: {**quick.get(name, {}), **value} if isinstance(value, dict) else value for name, value in sections.items()
-    }
+    merged = {name: _extended(quick.get(name, {}), value) for name, value in sections.items()}
     return experiment_schema().model_validate({**quick, **merged})
+
+
+def _extended(section, value):
+    """Fields beside those that are there; of another method than theirs, in their place."""
+    if not isinstance(value, dict):
+        return value
+    return value if value.get("name", section.get("name")) != section.get("name") else {**section, **value}
 
 
 def tpp_inputs(folder: Path, **sections) -> TPPInputs:

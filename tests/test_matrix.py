@@ -15,10 +15,11 @@ from medtpp.adapter import load_adapter, save_adapter
 from medtpp.config import TASKS, TUNERS
 from medtpp.errors import ConfigError
 from medtpp.seeds import Seeds
+from medtpp.training.tpp import require_pair
 
 # `full` moves every weight, and RandLoRA scales its update up: small departures when perturbed.
 PERTURBATION = {"full": 0.01, "randlora": 0.005}
-RANDOM_BASES = ("vera_A", "vera_B", "randlora_A", "randlora_B")  # frozen, but saved
+SAVED_BESIDE = ("vera_A", "vera_B", "randlora_A", "randlora_B", "rows")  # drawn at random, not trained
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +76,9 @@ class TestTuner:
         active = tokens(tuned, images)
         assert torch.equal(active, tokens(plain, images)) == (not tuned.targets)
         keep = torch.rand(len(images), matrix.PATCHES).argsort(dim=1)[:, :5]
+        if TUNERS.get(tuner).needs_grid:
+            with pytest.raises(ConfigError, match="needs all patches"):
+                tuned.encode(images, keep=keep)
         with tuned.disabled():
             assert torch.equal(tokens(tuned, images), tokens(plain, images))
             assert torch.equal(tokens(tuned, images, keep=keep), tokens(plain, images, keep=keep))
@@ -125,7 +129,7 @@ class TestTuner:
         assert loaded.backbone.source_hash() == matrix.load(variant).source_hash()
         assert {name for name, p in loaded.backbone.named_parameters() if p.requires_grad} == tuned.targets.keys()
         stored = load_file(tmp_path / "adapter_model.safetensors")
-        learned = {name: value for name, value in stored.items() if not name.endswith(RANDOM_BASES)}
+        learned = {name: value for name, value in stored.items() if not name.endswith(SAVED_BESIDE)}
         assert sum(value.numel() for value in learned.values()) == sum(p.numel() for p in tuned.targets.values())
 
     def test_a_copy_is_on_its_own(self, tuner, variant, images):
@@ -150,6 +154,8 @@ class TestTuner:
 
     def test_the_order_of_the_patches_changes_nothing(self, tuner, variant, images):
         tuned = moved(tuner, variant)
+        if TUNERS.get(tuner).needs_grid:
+            return  # neighbours are part of what it computes
         whole = tuned.encode(images)
         order = torch.rand(len(images), matrix.PATCHES).argsort(dim=1)
         shuffled = tuned.encode(images, keep=order)
@@ -164,7 +170,8 @@ class TestTuner:
         features = tuned.encode(images, taps=range(matrix.DEPTH))
         assert features.tokens.shape == (len(images), tuned.spec.prefix + matrix.PATCHES, matrix.WIDTH)
         assert [tuple(item.shape) for item in features.maps] == [(len(images), matrix.WIDTH, 4, 4)] * matrix.DEPTH
-        assert tuned.encode(images, keep=torch.zeros(len(images), 3, dtype=torch.int64)).patches.shape[1] == 3
+        if not TUNERS.get(tuner).needs_grid:
+            assert tuned.encode(images, keep=torch.zeros(len(images), 3, dtype=torch.int64)).patches.shape[1] == 3
 
     def test_bfloat16_is_close(self, tuner, variant, images):
         tuned = moved(tuner, variant)
@@ -197,6 +204,10 @@ class TestTPP:
         head = matrix.make_pretext(pretext, tuned)
         if head.needs - tuned.spec.capabilities:
             pytest.skip("the backbone lacks what the pretext task needs")
+        if TUNERS.get(tuner).needs_grid and "drops_tokens" in head.needs:
+            with pytest.raises(ConfigError, match="drops some"):
+                require_pair(tuner, head)
+            pytest.skip("refused")
         return tuned, head
 
     def test_training_changes_targets_and_head_alone(self, parts, tuner, images):

@@ -129,6 +129,8 @@ def test_a_killed_stage_ends_in_the_same_bits(stage, phantoms, tmp_path, monkeyp
 @pytest.mark.parametrize("tuner", TUNERS.names())
 def test_every_tuner_goes_through_both_stages(tuner, phantoms, tmp_path):
     sections = {"tuner": {"name": tuner}}
+    if TUNERS.get(tuner).needs_grid:
+        sections["pretext"] = {"name": "simmim"}
     start = None
     if TUNERS.get(tuner).has_targets:
         result = run_tpp(stages.tpp_inputs(phantoms, **sections), tmp_path / "tpp")

@@ -50,7 +50,7 @@ from medtpp.training.device import choose_precision, mixed, quiet_fabric
 from medtpp.training.finetune import SupervisedModule, resolve_finetune
 from medtpp.training.loop import Group, Hooks, fit
 from medtpp.training.stage import PretextModule, number, schedule_of
-from medtpp.training.tpp import make_pretext, require_batches, resolve_tpp, warm_up_heads
+from medtpp.training.tpp import make_pretext, require_batches, require_pair, resolve_tpp, warm_up_heads
 from medtpp.tuners import TunedBackbone
 
 Adapters = Adapter | Sequence[Adapter]
@@ -141,6 +141,8 @@ def tpp(
             chosen, images=number_of_images, learning_rate=rate, spec=backbone.spec, trained_head=trained_head
         )
         require_batches(task, chosen)
+        if isinstance(model, TunedBackbone):
+            require_pair(model.tuner.name, task)
         warmup = number(chosen.head_warmup)
         stream = UserStream(images, None, number(chosen.batch_size), seeds)
         fabric = _fabric(device, precision)
@@ -224,7 +226,7 @@ def finetune(
             stream,
             schedule_of(chosen),
             title="fine-tuning",
-            hooks=Hooks(model.after_step),
+            hooks=Hooks(model.after_step, model.after_step_buffers),
         )
     return head.eval()
 

@@ -80,7 +80,8 @@ class TimmViT(Backbone):
             for index, block in enumerate(self.encoder.blocks):
                 x = block(x) if rope is None else block(x, rope=rope)
                 if index in taps:
-                    maps.append(x[:, prefix:].transpose(1, 2).unflatten(2, grid))  # (B, D, *grid)
+                    patches = x[:, prefix : prefix + math.prod(grid)]  # a tuner's tokens come after them
+                    maps.append(patches.transpose(1, 2).unflatten(2, grid))  # (B, D, *grid)
         return Features(images, self.encoder.norm(x), prefix, grid, tuple(maps), (self.spec.patch,) * len(maps))
 
     def _embed(self, images: Tensor, keep: Tensor | None) -> Tensor:

@@ -37,6 +37,7 @@ from medtpp.training.stage import (
     resolve_stage,
     schedule_of,
     tuner_groups,
+    with_penalty,
 )
 from medtpp.training.validation import ClassificationValidation, SegmentationValidation, Validation
 from medtpp.tuners.base import check_keys
@@ -101,7 +102,8 @@ class SupervisedModule(nn.Module):
                 targets = self.task.from_masks(masks)
             else:
                 images = self.augmenter(to_unit(images), Draws(visits))
-        return self.task.loss(self.task(self.backbone.encode(images, taps=self.task.taps)), targets), {}
+        loss = self.task.loss(self.task(self.backbone.encode(images, taps=self.task.taps)), targets)
+        return with_penalty(loss, self.backbone), {}
 
 
 def run_finetune(inputs: FinetuneInputs, folder: Path) -> StageResult:
@@ -184,7 +186,7 @@ def _train(fabric: Fabric, inputs: FinetuneInputs, folder: Path) -> StageResult:
         schedule_of(options, number(options.validate_every)),
         folder=folder,
         title="fine-tuning",
-        hooks=Hooks(tuned.after_step),
+        hooks=Hooks(tuned.after_step, tuned.after_step_buffers),
         validate=validation.score if options.keep == "best" else None,
     )
     result = StageResult(number(options.steps), batch_size, rate, record, parameters=count_parameters(tuned, head=task))

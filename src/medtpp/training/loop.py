@@ -57,7 +57,7 @@ class Hooks:
     """What a method needs of the loop beside its gradients.
 
     Attributes:
-        after_step: Called with (steps done, steps in all) after each step.
+        after_step: Called with (steps done, steps in all) after each step, while its gradients are there.
         buffers: Gives what training changes beside the parameters, in place; a resumed run finds it.
         divisible: Whether a batch may be computed in parts: not where its images are compared with each other.
     """
@@ -156,9 +156,9 @@ def fit(
                 if taken == 2:
                     _check_reached(parameters, reached)
             wrapped.step()
-            wrapped.zero_grad()
             if hooks.after_step:
                 hooks.after_step(step + 1, schedule.steps)
+            wrapped.zero_grad()
             seen += len(batch) * fabric.world_size
             recent.count(len(batch) * fabric.world_size)
             row = None

@@ -143,12 +143,10 @@ class PretextModule(nn.Module):
         self.augmenter = augmenter
         self.dense = dense
 
-    def hooks(self, head_alone: bool = False) -> Hooks:
-        """What tuner and pretext task need of the loop; the tuner nothing while the head trains alone."""
+    def hooks(self) -> Hooks:
+        """What the pretext task needs of the loop."""
 
         def after_step(step: int, total: int) -> None:
-            if isinstance(self.backbone, TunedBackbone) and not head_alone:
-                self.backbone.after_step(step, total)
             self.pretext.after_step(self.backbone, step, total)
 
         def buffers() -> dict[str, Tensor]:
@@ -168,7 +166,13 @@ class PretextModule(nn.Module):
         if self.dense is not None:
             restored = self.dense.loss(self.backbone, images, draws)
             loss, logs = loss + restored, {**logs, "dense_loss": restored.detach()}
-        return loss, logs
+        return with_penalty(loss, self.backbone), logs
+
+
+def with_penalty(loss: Tensor, backbone: Backbone) -> Tensor:
+    """The loss with what the tuner adds to it."""
+    penalty = backbone.penalty() if isinstance(backbone, TunedBackbone) else None
+    return loss if penalty is None else loss + penalty
 
 
 def launch(fabric: Fabric, train: Callable[..., T], inputs: Any, folder: Path) -> T:

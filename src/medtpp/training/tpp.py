@@ -89,6 +89,7 @@ def _train(fabric: Fabric, inputs: TPPInputs, folder: Path) -> StageResult:
         devices=fabric.world_size,
     )
     require_batches(pretext, options)
+    require_pair(experiment.tuner.name, pretext)
     batch_size, rate = number(options.batch_size), float(options.learning_rate)
     head_warmup = number(options.head_warmup)
     schedule = schedule_of(options)
@@ -182,6 +183,15 @@ def require_targets(experiment: Experiment) -> None:
         )
 
 
+def require_pair(tuner: str, pretext: Pretext) -> None:
+    """Raise ConfigError if the pretext task drops patches that the tuner needs."""
+    if TUNERS.get(tuner).needs_grid and "drops_tokens" in pretext.needs:
+        raise ConfigError(
+            f"The tuner {tuner} needs all patches, and the pretext task {pretext.name} drops some. Use one that drops "
+            "none, such as --set pretext.name=simmim, or another tuner."
+        )
+
+
 def make_pretext(options: MethodOptions, backbone: backbones.Backbone, seeds: Seeds) -> tuple[Pretext, bool]:
     """The pretext task for a backbone, and whether its head came trained with the backbone.
 
@@ -232,7 +242,7 @@ def warm_up_heads(
     for parameter in waiting:
         parameter.requires_grad_(False)
     try:
-        fit(fabric, module, heads, stream, Schedule(steps), title="pretext head", hooks=module.hooks(head_alone=True))
+        fit(fabric, module, heads, stream, Schedule(steps), title="pretext head", hooks=module.hooks())
     finally:
         for parameter in waiting:
             parameter.requires_grad_(True)

@@ -128,5 +128,8 @@ class PeftTuner(Tuner[P]):
 
     def attach(self, backbone: Backbone, seeds: Seeds, images: Tensor | None = None) -> TunedBackbone:  # noqa: ARG002
         """See `Tuner.attach`."""
-        targets = target_pattern(backbone, self.options.roles)
-        return PeftBackbone(backbone, self.configure(backbone, targets, seeds), seeds)
+        return PeftBackbone(backbone, self.configure(backbone, self.pattern(backbone), seeds), seeds)
+
+    def pattern(self, backbone: Backbone) -> str:
+        """The pattern of the layers to change."""
+        return target_pattern(backbone, self.options.roles)

@@ -78,8 +78,23 @@ class TunedBackbone(Backbone):
         self.source.train(mode)
         return self
 
+    def penalty(self) -> Tensor | None:
+        """What the method adds to the loss of both stages, if anything."""
+        return None
+
     def after_step(self, step: int, total: int) -> None:
-        """Called after each optimiser step, for methods that have a schedule of their own."""
+        """Called after each optimiser step of fine-tuning, with its gradients, for methods that choose among targets.
+
+        Not in TPP: what its pretext task has no use for, the labels may.
+
+        Args:
+            step: Steps done.
+            total: Steps in all.
+        """
+
+    def after_step_buffers(self) -> dict[str, Tensor]:
+        """What `after_step` remembers, changed in place, so that a resumed run finds it."""
+        return {}
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -172,6 +187,7 @@ class Tuner(ABC, Generic[O]):
         learning_rate: Its default in both stages.
         merges: Whether `merged()` is exact (1e-5 in float32).
         has_targets: Whether there is anything for TPP to train.
+        needs_grid: Whether it needs all patches, so that none may be dropped.
     """
 
     Options: ClassVar[type[MethodOptions]]
@@ -179,6 +195,7 @@ class Tuner(ABC, Generic[O]):
     learning_rate: ClassVar[float] = 1e-3
     merges: ClassVar[bool] = True
     has_targets: ClassVar[bool] = True
+    needs_grid: ClassVar[bool] = False
 
     def __init__(self, options: O) -> None:
         self.options = options

@@ -1,9 +1,10 @@
-"""Methods that train a few of the backbone's own parameters: BitFit and LN-tuning."""
+"""Methods that train a few of the backbone's own parameters: BitFit, LN-tuning and last blocks."""
 
 from __future__ import annotations
 
 from typing import ClassVar, Literal
 
+from pydantic import Field
 from timm.layers import RmsNorm, RmsNormFp32
 from torch import Tensor, nn
 
@@ -64,3 +65,29 @@ class LNTuning(Tuner[LNTuningOptions]):
         if not names:
             raise ConfigError(f"{backbone.spec.name} has no norms for LN-tuning to train. Choose another tuner.")
         return SelectedBackbone(backbone, names, "LN_TUNING")
+
+
+class LastBlocksOptions(MethodOptions):
+    """Options of last blocks."""
+
+    name: Literal["last_blocks"] = "last_blocks"
+    blocks: int = Field(2, ge=1, description="how many")
+
+
+@TUNERS.register("last_blocks")
+class LastBlocks(Tuner[LastBlocksOptions]):
+    """All parameters of the last blocks and of the final norm (partial fine-tuning; Yosinski et al.)."""
+
+    Options: ClassVar[type[MethodOptions]] = LastBlocksOptions
+    summary: ClassVar[str] = "all parameters of the last blocks (arXiv 1411.1792)"
+    learning_rate: ClassVar[float] = 1e-4
+
+    def attach(self, backbone: Backbone, seeds: Seeds, images: Tensor | None = None) -> TunedBackbone:  # noqa: ARG002
+        """See `Tuner.attach`."""
+        blocks = backbone.layout.blocks
+        if self.options.blocks > len(blocks):
+            raise ConfigError(f"{backbone.spec.name} has {len(blocks)} blocks; tuner.blocks is {self.options.blocks}.")
+        paths = (*blocks[-self.options.blocks :], *backbone.layout.paths("norm.final"))
+        inside = tuple(f"{path}." for path in paths)
+        names = tuple(name for name, _ in backbone.encoder.named_parameters() if name.startswith(inside))
+        return SelectedBackbone(backbone, names, "LAST_BLOCKS")

@@ -23,7 +23,7 @@ from medtpp.seeds import Seeds
 from medtpp.training.dense import require_decoder
 from medtpp.training.finetune import resolve_finetune
 from medtpp.training.stage import StageData, augmenter_of
-from medtpp.training.tpp import make_pretext, require_batches, require_targets, resolve_tpp
+from medtpp.training.tpp import make_pretext, require_batches, require_pair, require_targets, resolve_tpp
 from medtpp.workflow.images import are_photographs, scan, store_photographs, store_volumes, with_task
 
 
@@ -229,6 +229,7 @@ def _resolve(
         pretext, trained_head = make_pretext(experiment.pretext, backbone, Seeds(experiment.seed))
         tpp = resolve_tpp(tpp, images=seen, learning_rate=rate, spec=spec, trained_head=trained_head, devices=devices)
         require_batches(pretext, tpp)
+        require_pair(experiment.tuner.name, pretext)
     masks = experiment.task.name == "segmentation"
     finetune = resolve_finetune(
         experiment.finetune, cases=train, learning_rate=rate, spec=spec, masks=masks, devices=devices

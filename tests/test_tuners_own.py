@@ -1,0 +1,169 @@
+"""What AdaLoRA, APLA, Convpass, the ladder and VPT-shallow have of their own beside the contract of the matrix."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import matrix
+from medtpp import backbones, tuners
+from medtpp.config import TUNERS
+from medtpp.errors import ConfigError
+from medtpp.workflow.experiment import load_experiment
+from medtpp.workflow.prepare import prepare
+from medtpp.workflow.run import finetune_stage, tpp_stage
+
+VARIANT = "medtpp_test_class_token"
+SETTINGS = [
+    "data.image_size=32",
+    "tpp.steps=4",
+    "tpp.batch_size=8",
+    "tpp.head_warmup=0",
+    "finetune.steps=40",
+    "finetune.batch_size=8",
+    "finetune.checkpoint_every=9",
+    "finetune.keep=last",
+    "logging.tensorboard=false",
+]
+
+
+def quiet(_):
+    """No progress."""
+
+
+@pytest.fixture(scope="module")
+def adalora(phantom_folder, tmp_path_factory):
+    """AdaLoRA on phantoms: what was prepared, the folders of its stages."""
+    folder = tmp_path_factory.mktemp("adalora")
+    prepared = prepare(load_experiment(phantom_folder, ["tuner.name=adalora", *SETTINGS]))
+    start = tpp_stage(prepared, folder / "tpp", quiet)
+    return prepared, start, finetune_stage(prepared, folder / "finetune", quiet, start=start)
+
+
+def diagonals(adapter):
+    state = load_file(adapter / "adapter_model.safetensors")
+    return [value for name, value in state.items() if "lora_E" in name]
+
+
+class TestAdaLoRA:
+    def test_fine_tuning_lowers_the_ranks_and_tpp_does_not(self, adalora):
+        _, start, adapter = adalora
+        before, after = diagonals(start), diagonals(adapter)
+        assert all((value != 0).all() for value in before)
+        kept = [int((value != 0).sum()) for value in after]
+        assert sum(kept) == 8 * len(after)
+        assert len(set(kept)) > 1  # not every layer is worth as much
+
+    def test_a_killed_run_ends_in_the_same_bits(self, adalora, tmp_path):
+        prepared, start, adapter = adalora
+        kind = type(tuners.attach(matrix.load(VARIANT), "adalora"))
+        original = kind.after_step
+
+        def killed(self, step, total):
+            if step == 21:
+                raise KeyboardInterrupt
+            original(self, step, total)
+
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(kind, "after_step", killed)
+            with pytest.raises(KeyboardInterrupt):
+                finetune_stage(prepared, tmp_path / "killed", quiet, start=start)
+        again = finetune_stage(prepared, tmp_path / "killed", quiet, start=start)
+        for file in adapter.glob("*.safetensors"):
+            assert (again / file.name).read_bytes() == file.read_bytes()
+
+    def test_orthogonal_directions_cost_nothing(self):
+        tuned = matrix.attach("adalora", VARIANT)
+        with torch.no_grad():
+            for name, parameter in tuned.targets.items():
+                if "lora_E" not in name:
+                    parameter.copy_(torch.eye(*parameter.shape))
+        assert tuned.penalty().item() == 0
+        with torch.no_grad():
+            next(p for name, p in tuned.targets.items() if "lora_A" in name)[0, 1] = 0.5
+        # Of 16 matrices one has 0.25 on the diagonal and 0.5 on both sides of it.
+        gap = (0.25**2 + 2 * 0.5**2) ** 0.5
+        torch.testing.assert_close(tuned.penalty().item(), 0.1 * gap / 16, rtol=1e-4, atol=0)
+
+    def test_the_worth_is_that_of_the_paper(self):
+        """Equations 8 to 11 by hand, for one direction over two steps."""
+        tuned = matrix.attach("adalora", VARIANT)
+        matrix.perturb(tuned)
+        triple = tuned._triples[0]
+        sensitivity, uncertainty = dict.fromkeys(triple, 0.0), dict.fromkeys(triple, 0.0)
+        for step in (1, 2):
+            for name in triple:
+                parameter = tuned.targets[name]
+                parameter.grad = torch.full_like(parameter, 0.1 * step)
+                now = (parameter.detach() * parameter.grad).abs()
+                sensitivity[name] = 0.85 * sensitivity[name] + 0.15 * now
+                uncertainty[name] = 0.85 * uncertainty[name] + 0.15 * (now - sensitivity[name]).abs()
+            found = tuned._worth(0)
+        a, e, b = (sensitivity[name] * uncertainty[name] for name in triple)
+        torch.testing.assert_close(found[3], e[3, 0] + a[3].mean() + b[:, 3].mean())
+
+
+def test_apla_trains_what_the_file_says_whatever_the_seed():
+    images = matrix.images()
+    one, other = matrix.attach("apla", VARIANT, seed=1), matrix.attach("apla", VARIANT, seed=2)
+    matrix.perturb(one)
+    with torch.no_grad():
+        assert not torch.equal(one.encode(images).tokens, other.encode(images).tokens)
+        other.load_adapter_state(one.adapter_state())
+        assert torch.equal(one.encode(images).tokens, other.encode(images).tokens)
+    changed = (
+        one.merged().source_state()["blocks.0.attn.proj.weight"] != one.source_state()["blocks.0.attn.proj.weight"]
+    )
+    assert int(changed.any(dim=1).sum()) == matrix.WIDTH // 4
+
+
+def test_convolutions_see_neighbours_and_nothing_else():
+    """With the blocks' own work taken away, a patch depends on the patches around it."""
+    tuned = matrix.attach("convpass", VARIANT)
+    matrix.perturb(tuned, scale=0.5)
+    added = tuned.bypasses[0]
+    tokens = torch.randn(1, 1 + matrix.PATCHES, matrix.WIDTH, generator=torch.Generator().manual_seed(0))
+    other = tokens.clone()
+    other[0, 1 + 5] += 1  # row 1, column 1 of a grid of 4 x 4
+    with torch.no_grad():
+        changed = (added(tokens) != added(other)).any(dim=-1)[0]
+    assert not changed[0]  # the class token
+    around = {row * 4 + column for row in range(3) for column in range(3)}
+    assert {index for index, moved in enumerate(changed[1:].tolist()) if moved} == around
+
+
+def test_no_gradient_goes_through_the_backbone_beside_a_ladder():
+    tuned, images = matrix.attach("ladder", VARIANT), matrix.images()
+    asked = []
+    tuned.encoder.blocks[0].attn.qkv.register_forward_hook(lambda *_: asked.append(torch.is_grad_enabled()))
+    features = tuned.encode(images, taps=[0, 1])
+    assert features.tokens.requires_grad
+    assert all(item.requires_grad for item in features.maps)
+    mask = torch.zeros(len(images), matrix.PATCHES, dtype=torch.bool)
+    mask[:, 0] = True
+    token = torch.nn.Parameter(torch.ones(matrix.WIDTH))
+    tuned.encode(images, mask=mask, mask_token=token).patches[:, 3].sum().backward()
+    assert asked == [False, True]  # a mask token learns through the backbone
+    assert token.grad.any()
+
+
+def test_shallow_prompts_go_through_all_blocks():
+    tuned, images, seen = matrix.attach("vpt_shallow", VARIANT), matrix.images(), []
+    for block in tuned.encoder.blocks:
+        block.attn.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[1]))
+    features = tuned.encode(images, taps=[0, 1])
+    assert tuned.prompts.shape == (1, 8, matrix.WIDTH)
+    assert seen == [1 + matrix.PATCHES + 8] * matrix.DEPTH
+    assert features.tokens.shape[1] == 1 + matrix.PATCHES
+
+
+def test_more_last_blocks_than_there_are():
+    options = TUNERS.get("last_blocks").Options(blocks=13)
+    with pytest.raises(ConfigError, match=r"12 blocks; tuner\.blocks is 13"):
+        tuners.attach(backbones.load("medtpp_vit_tiny", image_size=64), options)
+
+
+def test_tuners_that_need_the_grid_are_refused_at_once(phantom_folder):
+    """And not after a data set was read and a stage begun."""
+    with pytest.raises(ConfigError, match="convpass needs all patches"):
+        prepare(load_experiment(phantom_folder, ["tuner.name=convpass", *SETTINGS]))
+    prepare(load_experiment(phantom_folder, ["tuner.name=convpass", "pretext.name=simmim", *SETTINGS]))
