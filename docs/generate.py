@@ -129,7 +129,7 @@ def readme(text: str) -> str:
 
 
 def _fields(model: type[BaseModel], without: tuple[str, ...] = ()) -> str:
-    rows = [[f"`{name}`", *cells] for name, *cells in _rows(model) if name not in without]
+    rows = [[f"`{name}`", *cells] for name, *cells in _rows(model) if name.rpartition(".")[2] not in without]
     return _table([["field", "values", "default", "meaning"], *rows]) if rows else ""
 
 

@@ -231,7 +231,9 @@ class TestTPP:
 
         matrix.descend(loss, list(head.parameters()), 20, 1e-2)
         head.requires_grad_(False)
-        losses = matrix.descend(loss, list(tuned.targets.values()), 10, TUNERS.get(tuner).learning_rate)
+        rate = TUNERS.get(tuner).learning_rate
+        groups = [{"params": [p], "lr": rate * tuned.relative_rates.get(name, 1)} for name, p in tuned.targets.items()]
+        losses = matrix.descend(loss, groups, 10, rate)
         assert min(losses) < 0.9999 * losses[0]
 
     def test_every_target_gets_a_gradient_within_two_steps(self, parts, images):

@@ -1,4 +1,4 @@
-"""What AdaLoRA, APLA, Convpass, the ladder and VPT-shallow have of their own beside the contract of the matrix."""
+"""What AdaLoRA, APLA, Convpass, ladder, VPT-shallow and combinations have beside the contract of the matrix."""
 
 import pytest
 import torch
@@ -7,7 +7,8 @@ from safetensors.torch import load_file
 import matrix
 from medtpp import backbones, tuners
 from medtpp.config import TUNERS
-from medtpp.errors import ConfigError
+from medtpp.errors import ConfigError, WeightsError
+from medtpp.training.stage import tuner_groups
 from medtpp.workflow.experiment import load_experiment
 from medtpp.workflow.prepare import prepare
 from medtpp.workflow.run import finetune_stage, tpp_stage
@@ -167,3 +168,33 @@ def test_tuners_that_need_the_grid_are_refused_at_once(phantom_folder):
     with pytest.raises(ConfigError, match="convpass needs all patches"):
         prepare(load_experiment(phantom_folder, ["tuner.name=convpass", *SETTINGS]))
     prepare(load_experiment(phantom_folder, ["tuner.name=convpass", "pretext.name=simmim", *SETTINGS]))
+
+
+class TestCombinations:
+    def test_no_weight_has_two_tuners(self):
+        """ExPLoRA: LoRA in all blocks but the last, which is trained itself."""
+        tuned = matrix.attach("lora+last_blocks", VARIANT)
+        of_lora = {name for name in tuned.targets if "lora_" in name}
+        assert of_lora
+        assert all("blocks.0." in name for name in of_lora)
+        assert all("blocks.1." in name or "norm" in name for name in tuned.targets.keys() - of_lora)
+
+    def test_each_part_has_its_own_rate(self):
+        tuned = matrix.attach("lora+last_blocks", VARIANT)
+        groups = {group.name: group for group in tuner_groups(tuned, 1e-3, 0.0)}
+        assert {name: group.learning_rate for name, group in groups.items()} == {
+            "tuner": 1e-3,
+            "tuner_2": pytest.approx(1e-4),
+        }
+        assert all("lora_" in name for name in groups["tuner"].parameters)
+        assert not any("lora_" in name for name in groups["tuner_2"].parameters)
+        assert sum(len(group.parameters) for group in groups.values()) == len(tuned.targets)
+
+    def test_files_of_other_tuners_do_not_load(self):
+        tuned = matrix.attach("lora+bitfit", VARIANT)
+        state = tuned.adapter_state()
+        assert {key.partition("/")[0] for key in state} == {"lora", "bitfit"}
+        with pytest.raises(WeightsError, match="does not fit"):
+            tuned.load_adapter_state({**state, "ssf/more": torch.zeros(1)})
+        with pytest.raises(WeightsError, match="does not fit"):
+            tuned.load_adapter_state({key: value for key, value in state.items() if key.startswith("lora/")})

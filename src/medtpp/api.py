@@ -49,7 +49,7 @@ from medtpp.tasks.base import Task
 from medtpp.training.device import choose_precision, mixed, quiet_fabric
 from medtpp.training.finetune import SupervisedModule, resolve_finetune
 from medtpp.training.loop import Group, Hooks, fit
-from medtpp.training.stage import PretextModule, number, schedule_of
+from medtpp.training.stage import PretextModule, number, schedule_of, target_groups, tuner_groups
 from medtpp.training.tpp import make_pretext, require_batches, require_pair, resolve_tpp, warm_up_heads
 from medtpp.tuners import TunedBackbone
 
@@ -146,13 +146,14 @@ def tpp(
         warmup = number(chosen.head_warmup)
         stream = UserStream(images, None, number(chosen.batch_size), seeds)
         fabric = _fabric(device, precision)
-        targets = Group(
-            "tuner", {name: wanted[name] for name in reached}, float(chosen.learning_rate), chosen.weight_decay
+        relative = model.relative_rates if isinstance(model, TunedBackbone) else {}
+        targets = target_groups(
+            {name: wanted[name] for name in reached}, relative, float(chosen.learning_rate), chosen.weight_decay
         )
         head = Group("pretext", dict(task.named_parameters()), chosen.head_learning_rate)
         if warmup:
-            warm_up_heads(fabric, module, [head], [targets], stream, warmup)
-        record = fit(fabric, module, [targets, head], stream, schedule_of(chosen), title="TPP", hooks=module.hooks())
+            warm_up_heads(fabric, module, [head], targets, stream, warmup)
+        record = fit(fabric, module, [*targets, head], stream, schedule_of(chosen), title="TPP", hooks=module.hooks())
     card = TPPCard(
         pretext=pretext_options.model_dump(mode="json"),
         steps=number(chosen.steps),
@@ -216,7 +217,7 @@ def finetune(
     targets = torch.tensor([classes.index(label) for label in labels])
     groups = [Group("head", dict(head.named_parameters()), chosen.head_learning_rate, chosen.head_weight_decay)]
     if model.targets:
-        groups.append(Group("tuner", model.targets, float(chosen.learning_rate), chosen.weight_decay))
+        groups += tuner_groups(model, float(chosen.learning_rate), chosen.weight_decay)
     stream = UserStream(images, targets, number(chosen.batch_size), seeds)
     with _random_state(seeds):
         fit(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -252,8 +252,21 @@ def augmenter_of(experiment: Experiment, preprocessing: Preprocessing | VolumePr
 
 def tuner_groups(backbone: TunedBackbone, rate: float, weight_decay: float) -> list[Group]:
     """What a tuner trains, "tuner", and an embedding that was made for volumes, "embed"; no empty group."""
-    groups = {"tuner": backbone.targets, "embed": backbone.embed}
-    return [Group(name, parameters, rate, weight_decay) for name, parameters in groups.items() if parameters]
+    groups = target_groups(backbone.targets, backbone.relative_rates, rate, weight_decay)
+    return [*groups, Group("embed", backbone.embed, rate, weight_decay)] if backbone.embed else groups
+
+
+def target_groups(
+    targets: Mapping[str, nn.Parameter], relative_rates: Mapping[str, float], rate: float, weight_decay: float
+) -> list[Group]:
+    """A group of target parameters for each learning rate: "tuner", "tuner_2" and so on."""
+    groups: dict[float, dict[str, nn.Parameter]] = {}
+    for name, parameter in targets.items():
+        groups.setdefault(relative_rates.get(name, 1.0), {})[name] = parameter
+    return [
+        Group("tuner" if number == 1 else f"tuner_{number}", parameters, rate * share, weight_decay)
+        for number, (share, parameters) in enumerate(groups.items(), start=1)
+    ]
 
 
 def schedule_of(options: StageOptions, validate_every: int = 0) -> Schedule:

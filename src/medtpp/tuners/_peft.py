@@ -71,9 +71,11 @@ class PeftBackbone(TunedBackbone):
     def fold(self) -> Backbone:
         """See `TunedBackbone.fold`."""
         twin = copy.deepcopy(self)
-        backbone = twin.source
-        backbone.encoder = twin.peft_model.merge_and_unload(safe_merge=True)
-        return backbone
+        root = twin.source
+        while isinstance(root, TunedBackbone):  # another tuner, which is folded in next
+            root = root.source
+        root.encoder = twin.peft_model.merge_and_unload(safe_merge=True)
+        return twin.source
 
     def adapter_config(self) -> dict[str, Any]:
         """Peft's configuration as plain values."""
@@ -98,7 +100,7 @@ class PeftBackbone(TunedBackbone):
 def target_pattern(backbone: Backbone, roles: tuple[str, ...]) -> str:
     """An anchored pattern of module paths: peft matches bare names anywhere (`proj` is in `patch_embed.proj` too).
 
-    Block numbers are folded, so that the pattern stays readable in adapter_config.json.
+    Block numbers are folded, so that the pattern stays readable in adapter_config.json; not if some blocks take no part.
 
     Raises:
         ConfigError: The backbone has no module with one of these roles.
@@ -107,7 +109,10 @@ def target_pattern(backbone: Backbone, roles: tuple[str, ...]) -> str:
     if not paths:
         raise ConfigError(f"{backbone.spec.name} has no modules with the roles {', '.join(roles)}.")
     folded = dict.fromkeys(re.sub(r"(?<=\\\.)\d+(?=\\\.)", r"\\d+", re.escape(path)) for path in paths)
-    return f"^(?:{'|'.join(folded)})$"
+    pattern = f"^(?:{'|'.join(folded)})$"
+    if {path for path, _ in backbone.encoder.named_modules() if re.match(pattern, path)} == set(paths):
+        return pattern
+    return f"^(?:{'|'.join(map(re.escape, paths))})$"
 
 
 class PeftTuner(Tuner[P]):

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from medtpp.backbones import Backbone
-from medtpp.tuners.base import TunedBackbone, place
+from medtpp.tuners.base import TunedBackbone, parameter_of, place
 
 
 class SelectedBackbone(TunedBackbone):
@@ -26,10 +26,10 @@ class SelectedBackbone(TunedBackbone):
         super().__init__(source)
         self.kind = kind
         self.names = names
-        self._originals = {name: source.encoder.get_parameter(name).detach() for name in names}
+        self._originals = {name: parameter_of(source.encoder, name).detach() for name in names}
         for name, original in self._originals.items():
             place(source.encoder, name, nn.Parameter(original.clone()))
-        self._own({name: source.encoder.get_parameter(name) for name in names})
+        self._own({name: parameter_of(source.encoder, name) for name in names})
 
     def source_state(self) -> dict[str, Tensor]:
         """See `Backbone.source_state`."""
@@ -39,7 +39,7 @@ class SelectedBackbone(TunedBackbone):
     @contextmanager
     def bypass(self) -> Iterator[None]:
         """See `TunedBackbone.bypass`."""
-        trained = {name: self.encoder.get_parameter(name) for name in self.names}
+        trained = {name: parameter_of(self.encoder, name) for name in self.names}
         for name, parameter in trained.items():
             original = self._originals[name].to(parameter.device)
             place(self.encoder, name, nn.Parameter(original, requires_grad=False))

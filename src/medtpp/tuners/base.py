@@ -30,12 +30,14 @@ class TunedBackbone(Backbone):
         embed: What inflation to volumes made new, likewise: target parameters of a group of their own. None where the
             tuner trains them as its own (`full`) or trains nothing (`linear`). Beside `targets`, they alone require
             gradients.
+        relative_rates: Learning rates of targets whose own differs from the tuner's, as shares of it.
         tuner: Options of the tuner that attached it.
         seen_channels: Channels of the images it was trained on through the Python API, if it was.
     """
 
     targets: dict[str, nn.Parameter]
     embed: dict[str, nn.Parameter]
+    relative_rates: dict[str, float]
     tuner: MethodOptions
     seen_channels: int | None
 
@@ -51,6 +53,7 @@ class TunedBackbone(Backbone):
         self.taken = True
         self.targets = {}
         self.embed = {}
+        self.relative_rates = {}
 
     @property
     def encoder(self) -> nn.Module:  # type: ignore[override]
@@ -214,10 +217,23 @@ class Tuner(ABC, Generic[O]):
         """
 
 
+def parameter_of(encoder: nn.Module, name: str) -> nn.Parameter:
+    """The encoder's parameter of this name, also where peft has wrapped its layer."""
+    module, leaf = _owner(encoder, name)
+    parameter: nn.Parameter = getattr(module, leaf)
+    return parameter
+
+
 def place(encoder: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    """Put a parameter where the encoder has one of this name."""
+    """Put a parameter where the encoder has one of this name, also where peft has wrapped its layer."""
+    module, leaf = _owner(encoder, name)
+    setattr(module, leaf, parameter)
+
+
+def _owner(encoder: nn.Module, name: str) -> tuple[nn.Module, str]:
     path, _, leaf = name.rpartition(".")
-    setattr(encoder.get_submodule(path), leaf, parameter)
+    module: Any = encoder.get_submodule(path)
+    return getattr(module, "base_layer", module), leaf
 
 
 def check_keys(given: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
