@@ -100,7 +100,7 @@ class PeftBackbone(TunedBackbone):
 def target_pattern(backbone: Backbone, roles: tuple[str, ...]) -> str:
     """An anchored pattern of module paths: peft matches bare names anywhere (`proj` is in `patch_embed.proj` too).
 
-    Block numbers are folded, so that the pattern stays readable in adapter_config.json; not if some blocks take no part.
+    Block numbers are folded, so that the pattern stays readable in adapter_config.json, if all blocks take part.
 
     Raises:
         ConfigError: The backbone has no module with one of these roles.
