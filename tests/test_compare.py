@@ -327,6 +327,25 @@ def test_options_belong_to_the_tuner_that_was_named():
     assert not other.tpp.enabled
 
 
+def test_loras_other_starts_are_arms():
+    written = experiment("tuner.rank=2", "finetune.learning_rate=0.5")
+    axes = Axes(tuners=("lora",), inits=("standard", "tpp", "pissa", "olora", "eva"), labels=(12,), seeds=1)
+    base = base_experiment(written, axes)
+    made = {cell.arm.init: cell_experiment(base, cell) for cell in axes.cells(written)}
+    assert {init: one.tuner.start for init, one in made.items()} == {
+        "standard": "standard",
+        "tpp": "standard",
+        "pissa": "pissa",
+        "olora": "olora",
+        "eva": "eva",
+    }
+    assert [init for init, one in made.items() if one.tpp.enabled] == ["tpp"]
+    assert {one.tuner.rank for one in made.values()} == {2}
+    assert {one.finetune.learning_rate for one in made.values()} == {0.5}
+    with pytest.raises(ConfigError, match="The start eva is one of LoRA's; ssf has none such"):
+        base_experiment(written, Axes(tuners=("lora", "ssf"), inits=("standard", "eva")))
+
+
 def test_axes_without_an_arm_are_refused():
     with pytest.raises(ConfigError, match="there is no arm"):
         Axes(inits=(), extras=())

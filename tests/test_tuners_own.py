@@ -1,14 +1,19 @@
 """What AdaLoRA, APLA, Convpass, ladder, VPT-shallow and combinations have beside the contract of the matrix."""
 
+import peft
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file
 
 import matrix
 from medtpp import backbones, tuners
+from medtpp.adapter import load_adapter, save_adapter
 from medtpp.config import TUNERS
 from medtpp.errors import ConfigError, WeightsError
 from medtpp.training.stage import tuner_groups
+from medtpp.tuners._starts import orthonormal, principal
+from medtpp.tuners.lora import LoRAOptions
 from medtpp.workflow.experiment import load_experiment
 from medtpp.workflow.prepare import prepare
 from medtpp.workflow.run import finetune_stage, tpp_stage
@@ -198,3 +203,90 @@ class TestCombinations:
             tuned.load_adapter_state({**state, "ssf/more": torch.zeros(1)})
         with pytest.raises(WeightsError, match="does not fit"):
             tuned.load_adapter_state({key: value for key, value in state.items() if key.startswith("lora/")})
+
+
+class TestStarts:
+    @pytest.mark.parametrize("start", ["pissa", "olora"])
+    def test_the_function_starts_unchanged_and_the_source_stays(self, start):
+        plain, images = matrix.load(VARIANT), matrix.images()
+        tuned = tuners.attach(matrix.load(VARIANT), LoRAOptions(start=start))
+        expected = plain.encode(images).tokens
+        torch.testing.assert_close(tuned.encode(images).tokens, expected, rtol=0, atol=1e-5)
+        assert tuned.source_hash() == plain.source_hash()
+        matrix.perturb(tuned)
+        moved = tuned.encode(images).tokens
+        assert not torch.allclose(moved, expected, atol=1e-3)
+        with tuned.disabled():
+            assert torch.equal(tuned.encode(images).tokens, expected)
+        assert torch.equal(tuned.encode(images).tokens, moved)
+        torch.testing.assert_close(tuned.merged().encode(images).tokens, moved, rtol=0, atol=2e-5)
+        assert tuned.source_hash() == plain.source_hash()
+
+    @pytest.mark.parametrize("start", ["pissa", "olora", "eva"])
+    def test_peft_and_medtpp_read_the_file(self, start, tmp_path):
+        images = matrix.images(channels=3)
+        tuned = tuners.attach(matrix.load(VARIANT), LoRAOptions(start=start), images=images)
+        matrix.perturb(tuned)
+        card = matrix.card_of("lora", VARIANT)
+        card = card.model_copy(update={"tuner": LoRAOptions(start=start).model_dump(mode="json")})
+        save_adapter(tmp_path, tuned, card)
+        expected = tuned.encode(images).tokens
+        loaded = load_adapter(tmp_path).backbone
+        torch.testing.assert_close(loaded.encode(images).tokens, expected, rtol=0, atol=1e-5)
+        assert loaded.source_hash() == matrix.load(VARIANT).source_hash()
+        network = timm.create_model(VARIANT)
+        network.load_state_dict(matrix.load(VARIANT).encoder.state_dict(), strict=False)
+        theirs = peft.PeftModel.from_pretrained(network, tmp_path).eval()
+        features = theirs.base_model.model.forward_features((images - 0.5) / 0.25)
+        torch.testing.assert_close(features, expected, rtol=0, atol=1e-4)
+
+    def test_the_start_is_the_files_whatever_the_machine_would_compute(self):
+        """Singular vectors have no sign: another library may give the others."""
+        images = matrix.images()
+        tuned = tuners.attach(matrix.load(VARIANT), LoRAOptions(start="pissa"))
+        with torch.no_grad():
+            for path, (a, b) in list(tuned._first.items()):
+                tuned._begin(path, -a, -b)
+            for parameter in tuned.targets.values():
+                parameter.neg_()
+        matrix.perturb(tuned)
+        other = tuners.attach(matrix.load(VARIANT), LoRAOptions(start="pissa"))
+        other.load_adapter_state(tuned.adapter_state())
+        torch.testing.assert_close(other.encode(images).tokens, tuned.encode(images).tokens, rtol=0, atol=1e-5)
+        for name, parameter in tuned.targets.items():
+            assert torch.equal(other.targets[name], parameter)
+
+    def test_pissa_is_the_best_of_its_rank(self):
+        weight = torch.randn(20, 12, generator=torch.Generator().manual_seed(0))
+        a, b = principal(weight, 3, 2.0)
+        left, values, right = torch.linalg.svd(weight, full_matrices=False)
+        torch.testing.assert_close(2 * b @ a, (left[:, :3] * values[:3]) @ right[:3])
+        a, b = orthonormal(weight, 3, 2.0)
+        torch.testing.assert_close(b.T @ b, torch.eye(3))
+
+    def test_eva_sees_the_main_directions(self):
+        """As the singular vectors of all that a layer gets, and no change of the function."""
+        images, inputs = matrix.images(), []
+        tuned = tuners.attach(matrix.load(VARIANT), LoRAOptions(start="eva"), images=images)
+        layer = tuned.encoder.blocks[1].mlp.fc1
+        layer.register_forward_pre_hook(lambda module, args: inputs.append(args[0].flatten(0, -2)))
+        expected = matrix.load(VARIANT).encode(images).tokens
+        assert torch.equal(tuned.encode(images).tokens, expected)
+        main = torch.linalg.svd(torch.cat(inputs), full_matrices=False).Vh[:8]
+        agreement = (layer.lora_A["default"].weight @ main.T).abs().diagonal()
+        torch.testing.assert_close(agreement, torch.ones(8), rtol=0, atol=1e-3)
+
+    def test_eva_without_images_is_refused(self):
+        with pytest.raises(ConfigError, match="made from images"):
+            tuners.attach(matrix.load(VARIANT), LoRAOptions(start="eva"))
+
+    def test_a_start_stacked_on_tpp_is_refused(self, phantom_folder):
+        with pytest.raises(ConfigError, match=r"tuner\.start=pissa and TPP exclude each other"):
+            prepare(load_experiment(phantom_folder, ["tuner.start=pissa", *SETTINGS]))
+
+    def test_fine_tuning_from_each(self, phantom_folder, tmp_path):
+        for start in ("pissa", "olora", "eva"):
+            settings = [f"tuner.start={start}", "tpp.enabled=false", *SETTINGS, "finetune.steps=4"]
+            prepared = prepare(load_experiment(phantom_folder, settings))
+            adapter = finetune_stage(prepared, tmp_path / start, quiet)
+            assert load_adapter(adapter).card.tuner["start"] == start

@@ -221,7 +221,7 @@ def load_adapter(folder: str | Path, *, backbone: str | BackboneOptions | None =
         )
     try:
         tuner = TUNERS.get(card.tuner["name"]).Options.model_validate(card.tuner)
-        tuned = tuners.attach(source, tuner, seed=card.seed)
+        tuned = tuners.attach(source, tuner, seed=card.seed, loading=True)
         task = make_task(card.task, tuned, Seeds(card.seed)) if card.task else None
     except (ValidationError, KeyError) as error:
         raise WeightsError(f"{folder / CARD} has options that this medtpp does not know: {error}") from error

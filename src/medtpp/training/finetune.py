@@ -45,6 +45,7 @@ from medtpp.tuners.base import check_keys
 TOKENS = 6_272  # in a batch of a classification: 32 images of 14 x 14 patches
 VOXELS = 1 << 20  # in a batch of a segmentation: 16 images of 256 x 256
 MASKED = 16  # images in it, at most
+STARTING = 128  # images that a start is made from, at most
 
 
 @dataclass(frozen=True)
@@ -232,7 +233,9 @@ def _begin(inputs: FinetuneInputs, seeds: Seeds) -> Adapter:
     wanted = experiment.tuner.model_dump(mode="json")
     if inputs.start is None:
         backbone = backbones.load(experiment.backbone, image_size=inputs.preprocessing.patch)
-        tuned = tuners.attach(backbone, experiment.tuner, seed=seeds)
+        needed = TUNERS.get(experiment.tuner.name)(experiment.tuner).needs_images
+        images = inputs.train.images(limit=STARTING) if needed else None
+        tuned = tuners.attach(backbone, experiment.tuner, seed=seeds, images=images)
         return Adapter(new_card(tuned, inputs.preprocessing, experiment.data.modality, experiment.seed), tuned, None)
     adapter = load_adapter(inputs.start, backbone=experiment.backbone)
     was_patch = read_card(inputs.start).backbone.options.patch_size

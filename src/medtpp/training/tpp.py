@@ -181,6 +181,12 @@ def require_targets(experiment: Experiment) -> None:
             f"The tuner {experiment.tuner.name} has no target parameters, so there is nothing to pre-train. "
             "Use --set tpp.enabled=false, or another tuner."
         )
+    start = getattr(experiment.tuner, "start", "standard")
+    if start != "standard":
+        raise ConfigError(
+            f"tuner.start={start} and TPP exclude each other: both are starts. Use --set tpp.enabled=false, or "
+            "--set tuner.start=standard."
+        )
 
 
 def require_pair(tuner: str, pretext: Pretext) -> None:

@@ -203,6 +203,11 @@ class Tuner(ABC, Generic[O]):
     def __init__(self, options: O) -> None:
         self.options = options
 
+    @property
+    def needs_images(self) -> bool:
+        """Whether the start is made from images, so that `attach` has to get some."""
+        return False
+
     @abstractmethod
     def attach(self, backbone: Backbone, seeds: Seeds, images: Tensor | None = None) -> TunedBackbone:
         """Add target parameters to a backbone, which is taken over and changed in place.

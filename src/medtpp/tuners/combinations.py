@@ -17,7 +17,7 @@ from medtpp.errors import WeightsError
 from medtpp.seeds import Seeds
 from medtpp.tuners._selected import SelectedBackbone
 from medtpp.tuners.base import TunedBackbone, Tuner
-from medtpp.tuners.lora import LoRA, LoRAOptions
+from medtpp.tuners.lora import LoRA, PlainLoRAOptions
 from medtpp.tuners.selection import BitFit, BitFitOptions, LastBlocks, LastBlocksOptions
 
 
@@ -91,7 +91,7 @@ class LoRABitFitOptions(MethodOptions):
     """Options of LoRA with BitFit."""
 
     name: Literal["lora+bitfit"] = "lora+bitfit"
-    lora: LoRAOptions = LoRAOptions()
+    lora: PlainLoRAOptions = PlainLoRAOptions()
     bitfit: BitFitOptions = BitFitOptions()
 
 
@@ -118,7 +118,7 @@ class LoRALastBlocksOptions(MethodOptions):
     """Options of LoRA with last blocks."""
 
     name: Literal["lora+last_blocks"] = "lora+last_blocks"
-    lora: LoRAOptions = LoRAOptions()
+    lora: PlainLoRAOptions = PlainLoRAOptions()
     last_blocks: LastBlockOptions = LastBlockOptions()
 
 

@@ -6,11 +6,14 @@ from typing import ClassVar, Literal
 
 from peft import LoraConfig, PeftConfig
 from pydantic import Field
+from torch import Tensor
 
 from medtpp.backbones import Backbone
 from medtpp.config import TUNERS, MethodOptions
 from medtpp.seeds import Seeds
-from medtpp.tuners._peft import PeftOptions, PeftTuner
+from medtpp.tuners._peft import PeftBackbone, PeftOptions, PeftTuner
+from medtpp.tuners._starts import Start, StartedLoRA, start_from_images
+from medtpp.tuners.base import TunedBackbone
 
 
 class _LowRankOptions(PeftOptions):
@@ -24,23 +27,51 @@ class _LowRankOptions(PeftOptions):
         return LoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=targets, bias="none", **variant)
 
 
-class LoRAOptions(_LowRankOptions):
-    """Options of LoRA."""
+class PlainLoRAOptions(_LowRankOptions):
+    """Options of LoRA with its own start."""
 
     name: Literal["lora"] = "lora"
 
 
+class LoRAOptions(PlainLoRAOptions):
+    """Options of LoRA."""
+
+    start: Start = Field(
+        "standard", description="of A and B; standard: A random, B zero; others exclude TPP, which is one itself"
+    )
+
+
 @TUNERS.register("lora")
-class LoRA(PeftTuner[LoRAOptions]):
+class LoRA(PeftTuner[PlainLoRAOptions]):
     """A low-rank update beside linear layers: W x + (alpha / rank) B A x, with B starting at zero (Hu et al.)."""
 
     Options: ClassVar[type[MethodOptions]] = LoRAOptions
     summary: ClassVar[str] = "low-rank updates of linear layers, through peft (arXiv 2106.09685)"
     learning_rate: ClassVar[float] = 1e-3
 
+    @property
+    def needs_images(self) -> bool:
+        """See `Tuner.needs_images`."""
+        return self._start == "eva"
+
+    @property
+    def _start(self) -> Start:
+        start: Start = getattr(self.options, "start", "standard")
+        return start
+
     def configure(self, backbone: Backbone, targets: str, seeds: Seeds) -> PeftConfig:  # noqa: ARG002
         """See `PeftTuner.configure`."""
         return self.options.config(targets)
+
+    def attach(self, backbone: Backbone, seeds: Seeds, images: Tensor | None = None) -> TunedBackbone:
+        """See `Tuner.attach`."""
+        if self._start in ("pissa", "olora"):
+            config = self.configure(backbone, self.pattern(backbone), seeds)
+            return StartedLoRA(backbone, config, self._start, seeds)
+        tuned = super().attach(backbone, seeds)
+        if images is not None and self._start == "eva" and isinstance(tuned, PeftBackbone):
+            start_from_images(tuned, images)
+        return tuned
 
 
 class RsLoRAOptions(_LowRankOptions):

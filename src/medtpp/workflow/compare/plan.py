@@ -13,9 +13,10 @@ from medtpp.errors import ConfigError
 from medtpp.evaluation.metrics import OVERALL
 from medtpp.evaluation.segmentation_table import METRICS as OF_MASKS
 
-Init = Literal["standard", "tpp", "longer"]
+Init = Literal["standard", "tpp", "pissa", "olora", "eva", "longer"]
 Extra = Literal["longer", "linear", "full"]
 Labels = int | Literal["all"]
+STARTS = ("pissa", "olora", "eva")  # LoRA's other starts, as `tuner.start` names them
 REFERENCES = ("linear", "full")  # tuners that are arms of their own
 AUTO = "auto"  # the metric that suits the task
 MARGINS = {"dice": 0.01, "nsd": 0.01, "hd95": 0.5}  # HD95 in mm, or in pixels where the spacing is unknown
@@ -29,7 +30,7 @@ class Arm:
     Attributes:
         tuner: Name of the tuner.
         init: "standard" is the tuner's own start, "tpp" starts from Target Parameter Pre-training, "longer" starts like
-            "standard" and fine-tunes for as long as "tpp" takes with its pretext stage.
+            "standard" and fine-tunes for as long as "tpp" takes with its pretext stage; the others are LoRA's own.
     """
 
     tuner: str
@@ -76,7 +77,7 @@ class Axes:
 
     Attributes:
         tuners: Names of tuners; () for the experiment's own.
-        inits: Of "standard" and "tpp".
+        inits: Of "standard", "tpp" and LoRA's other starts "pissa", "olora" and "eva".
         extras: Further arms: "longer" for each tuner, "linear" and "full" once.
         labels: How many labelled cases in all, validation included; () for what the experiment says.
         seeds: How many seeds, from the experiment's on.
@@ -101,7 +102,7 @@ class Axes:
             f"there is no {what} {name!r}; there are {', '.join(known)}"
             for what, names, known in (
                 ("tuner", self.tuners, tuple(name for name, _ in TUNERS.items())),
-                ("init", self.inits, ("standard", "tpp")),
+                ("init", self.inits, ("standard", "tpp", *STARTS)),
                 ("arm", self.extras, get_args(Extra)),
                 ("metric", (self.metric,), (AUTO, *OVERALL, *OF_MASKS)),
             )
@@ -208,6 +209,11 @@ def base_experiment(experiment: Experiment, axes: Axes) -> Experiment:
                 f"The tuner {arm.tuner} has no target parameters, so there is no TPP to compare. Name another one with "
                 f"--tuner, or leave TPP out with --init standard."
             )
+        if arm.init in STARTS and arm.tuner != "lora":
+            raise ConfigError(
+                f"The start {arm.init} is one of LoRA's; {arm.tuner} has none such. Use --tuner lora, or leave "
+                f"{arm.init} out of --init."
+            )
     return experiment.model_copy(
         update={
             "finetune": experiment.finetune.model_copy(update={"keep": "last"}),
@@ -243,14 +249,16 @@ def cell_experiment(
         tpp: Whether there is a pretext stage; by default as the arm says.
     """
     pretext = base.tpp.model_copy(update={"enabled": cell.arm.init == "tpp" if tpp is None else tpp})
-    finetune = base.finetune
+    finetune, tuner = base.finetune, base.tuner
     update: dict[str, object] = {"seed": cell.seed, "data": base.data.model_copy(update={"labels": cell.labels})}
     if threads is not None:
         update["hardware"] = base.hardware.model_copy(update={"threads": threads})
     if cell.arm.tuner != base.tuner.name:
         own = {"learning_rate": "auto", "weight_decay": 0.0}
-        update["tuner"] = TUNERS.get(cell.arm.tuner).Options()
+        update["tuner"] = tuner = TUNERS.get(cell.arm.tuner).Options()
         pretext, finetune = pretext.model_copy(update=own), finetune.model_copy(update=own)
+    if cell.arm.init in STARTS:
+        update["tuner"] = tuner.model_copy(update={"start": cell.arm.init})
     if steps is not None:
         finetune = finetune.model_copy(update={"steps": steps})
     return base.model_copy(update={**update, "tpp": pretext, "finetune": finetune})

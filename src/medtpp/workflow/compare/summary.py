@@ -28,7 +28,7 @@ from medtpp.files import MARKER, atomic, read_json, write_json
 from medtpp.report.schema import ArmFile, ComparedTPPFile, ComparisonFile, DifferenceFile, FailedFile, MeanFile
 from medtpp.seeds import Seeds
 from medtpp.workflow.compare.comparison import Comparison, log_file, tpp_folder
-from medtpp.workflow.compare.plan import REFERENCES, Arm, Cell
+from medtpp.workflow.compare.plan import REFERENCES, STARTS, Arm, Cell
 from medtpp.workflow.compare.words import Measure, sentence
 
 RESAMPLES = 2000
@@ -37,6 +37,9 @@ _DESCRIPTIONS = {
     "standard": "{} from its own start, then fine-tuning",
     "tpp": "{}, Target Parameter Pre-training, then the same fine-tuning",
     "longer": "{} from its own start, fine-tuned for as long as TPP and fine-tuning take together",
+    "pissa": "{} started from the main singular values of the weights (PiSSA), then fine-tuning",
+    "olora": "{} started from a QR decomposition of the weights (OLoRA), then fine-tuning",
+    "eva": "{} started from the main directions of the training images' features (EVA), then fine-tuning",
 }
 _FULL = "all weights of the backbone fine-tuned"
 
@@ -183,7 +186,7 @@ def _differences(
     """TPP against the other starts of its tuner and against the references: for each kind a family of tests."""
     axes, found = comparison.axes, []
     measure = Measure(axes.metric, title, unit, axes.margin or 0.0)
-    for kind in ("standard", "longer", "linear", "full"):
+    for kind in ("standard", "longer", *STARTS, *REFERENCES):
         pairs = [
             (arm, baseline, labels, difference(scores[arm, labels], scores[baseline, labels]))
             for arm in comparison.arms

@@ -10,6 +10,9 @@ from medtpp.workflow.compare.plan import Arm
 _BASELINES = {
     "standard": "no TPP",
     "longer": "fine-tuning for as long",
+    "pissa": "a start by PiSSA",
+    "olora": "a start by OLoRA",
+    "eva": "a start by EVA",
     "linear": "frozen features",
     "full": "full fine-tuning",
 }
