@@ -155,11 +155,11 @@ def test_a_dry_run_writes_nothing(tmp_path, monkeypatch):
 
 def test_mistakes_are_told_together():
     text = refused(
-        "compare", data_folder(), "--out", "x", "--init", "tpp,pissa", "--tuner", "lora,ssf,lora", "--arm", "short",
+        "compare", data_folder(), "--out", "x", "--init", "tpp,random", "--tuner", "lora,ssf,lora", "--arm", "short",
         "--metric", "beauty", "--margin", "-1",
     )  # fmt: skip
     for part in (
-        "no init 'pissa'",
+        "no init 'random'",
         "no arm 'short'",
         "no metric 'beauty'",
         "margin is -1.0",
