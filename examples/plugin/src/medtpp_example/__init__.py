@@ -1,0 +1,1 @@
+"""A tuner, a pretext task and a family of backbones for medtpp."""
