@@ -19,6 +19,7 @@ from pydantic.fields import FieldInfo
 
 import medtpp
 from medtpp.config import BACKBONES, PRETEXTS, TASKS, TUNERS, experiment_schema
+from medtpp.training.tpp import refusal
 
 ROOT = Path(__file__).parents[1]
 # Counted at 224 pixels. Only `full` depends on the size, by its positions.
@@ -118,9 +119,30 @@ def backbone_table() -> str:
     return _table(rows + [[f"`{family.examples[0]}`", family.summary] for _, family in BACKBONES.items()])
 
 
+def exceptions() -> str:
+    """The pairs of tuner and pretext task that TPP refuses."""
+    found: dict[str, list[str]] = {}
+    for tuner in TUNERS.names():
+        for name, pretext in PRETEXTS.items():
+            reason = refusal(tuner, pretext.needs)
+            if reason:
+                found.setdefault(reason, []).append(f"`{name}`")
+    lines = [
+        f"- {reason}: not with {'any task' if len(tasks) == len(PRETEXTS.names()) else ', '.join(tasks)}"
+        for reason, tasks in found.items()
+    ]
+    return "\n".join(lines) + "\n"
+
+
 def readme(text: str) -> str:
     """README.md with its tables, each between `<!-- name -->` and `<!-- end -->`, as the code has them now."""
-    for name, table in {"tuners": tuner_table(), "pretexts": pretext_table(), "backbones": backbone_table()}.items():
+    tables = {
+        "tuners": tuner_table(),
+        "pretexts": pretext_table(),
+        "backbones": backbone_table(),
+        "exceptions": exceptions(),
+    }
+    for name, table in tables.items():
         block = f"<!-- {name} -->\n\n{table}\n<!-- end -->".replace("\\", r"\\")
         text, found = re.subn(rf"<!-- {name} -->\n.*?<!-- end -->", block, text, flags=re.DOTALL)
         if found != 1:
@@ -197,7 +219,7 @@ def _count(architecture: str, tuner: str) -> str:
 
 
 def _linked(text: str) -> str:
-    return re.sub(r"arXiv (\d{4}\.\d{5})", r"[\1](https://arxiv.org/abs/\1)", text)
+    return re.sub(r"arXiv (\d{4}\.\d{4,5})", r"[\1](https://arxiv.org/abs/\1)", text)
 
 
 def _sentence(text: str) -> str:

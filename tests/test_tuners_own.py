@@ -5,11 +5,13 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
 import matrix
 from medtpp import backbones, tuners
 from medtpp.adapter import load_adapter, save_adapter
-from medtpp.config import TUNERS
+from medtpp.cli._app import app
+from medtpp.config import PRETEXTS, TUNERS
 from medtpp.errors import ConfigError, WeightsError
 from medtpp.training.stage import tuner_groups
 from medtpp.tuners._starts import orthonormal, principal
@@ -170,7 +172,7 @@ def test_more_last_blocks_than_there_are():
 
 def test_tuners_that_need_the_grid_are_refused_at_once(phantom_folder):
     """And not after a data set was read and a stage begun."""
-    with pytest.raises(ConfigError, match="convpass needs all patches"):
+    with pytest.raises(ConfigError, match="convpass and the pretext task mae exclude each other"):
         prepare(load_experiment(phantom_folder, ["tuner.name=convpass", *SETTINGS]))
     prepare(load_experiment(phantom_folder, ["tuner.name=convpass", "pretext.name=simmim", *SETTINGS]))
 
@@ -290,3 +292,12 @@ class TestStarts:
             prepared = prepare(load_experiment(phantom_folder, settings))
             adapter = finetune_stage(prepared, tmp_path / start, quiet)
             assert load_adapter(adapter).card.tuner["start"] == start
+
+
+def test_the_matrix_shows_what_is_refused():
+    said = CliRunner().invoke(app, ["list", "matrix"]).output
+    row = next(line.split() for line in said.splitlines() if line.startswith("convpass"))
+    marks = dict(zip(PRETEXTS.names(), row[1:], strict=True))
+    assert {name for name, mark in marks.items() if mark == "-"} == {"mae", "features"}
+    assert "convpass needs all patches" in said
+    assert max(map(len, said.splitlines())) <= 80

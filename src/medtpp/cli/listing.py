@@ -22,13 +22,17 @@ class Kind(StrEnum):
     tuners = "tuners"
     pretexts = "pretexts"
     tasks = "tasks"
+    matrix = "matrix"
 
 
 def list_(kind: Annotated[Kind, typer.Argument(help="What to list.")]) -> None:
-    """List backbones, tuners, pretext tasks or tasks, with their options."""
+    """List backbones, tuners, pretext tasks or tasks, with their options, or the matrix of what goes together."""
     from medtpp.config import BACKBONES, PRETEXTS, TASKS, TUNERS
 
     table = Table(box=None, pad_edge=False, header_style="bold")
+    if kind is Kind.matrix:
+        _list_matrix()
+        return
     if kind is Kind.backbones:
         table.add_column("family")
         table.add_column("what")
@@ -45,6 +49,24 @@ def list_(kind: Annotated[Kind, typer.Argument(help="What to list.")]) -> None:
             rate = [f"{entry.learning_rate:g}"] if kind is Kind.tuners else []
             table.add_row(name, entry.summary, *rate, escape("\n".join(shown)))
     console.print(table)
+
+
+def _list_matrix() -> None:
+    """Tuners by pretext tasks, with the reasons for what is refused."""
+    from medtpp.config import PRETEXTS, TUNERS
+    from medtpp.training.tpp import refusal
+
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 1, 0, 0))
+    table.add_column("tuner")
+    for name in PRETEXTS.names():
+        table.add_column(name, justify="center")
+    reasons: dict[str, None] = {}
+    for tuner in TUNERS.names():
+        found = [refusal(tuner, method.needs) for method in PRETEXTS.values()]
+        reasons |= dict.fromkeys(reason for reason in found if reason)
+        table.add_row(tuner, *("-" if reason else "yes" for reason in found))
+    console.print(table)
+    console.print("\n-: " + "; ".join(reasons) + ". A sum goes with what all of its parts go with.", highlight=False)
 
 
 def _brief(field: FieldInfo) -> str:

@@ -189,12 +189,23 @@ def require_targets(experiment: Experiment) -> None:
         )
 
 
+def refusal(tuner: str, needs: frozenset[str]) -> str | None:
+    """Why TPP cannot train a tuner with a pretext task that needs these capabilities; None if it can."""
+    method = TUNERS.get(tuner)
+    if not method.has_targets:
+        return f"{tuner} has no target parameters"
+    if method.needs_grid and "drops_tokens" in needs:
+        return f"{tuner} needs all patches, and the task drops some"
+    return None
+
+
 def require_pair(tuner: str, pretext: Pretext) -> None:
-    """Raise ConfigError if the pretext task drops patches that the tuner needs."""
-    if TUNERS.get(tuner).needs_grid and "drops_tokens" in pretext.needs:
+    """Raise ConfigError if the tuner and the pretext task make no sense together."""
+    reason = refusal(tuner, pretext.needs)
+    if reason:
         raise ConfigError(
-            f"The tuner {tuner} needs all patches, and the pretext task {pretext.name} drops some. Use one that drops "
-            "none, such as --set pretext.name=simmim, or another tuner."
+            f"The tuner {tuner} and the pretext task {pretext.name} exclude each other: {reason}. Use another of either "
+            "(`medtpp list matrix` shows what goes together), such as --set pretext.name=simmim."
         )
 
 
