@@ -204,8 +204,8 @@ def require_pair(tuner: str, pretext: Pretext) -> None:
     reason = refusal(tuner, pretext.needs)
     if reason:
         raise ConfigError(
-            f"The tuner {tuner} and the pretext task {pretext.name} exclude each other: {reason}. Use another of either "
-            "(`medtpp list matrix` shows what goes together), such as --set pretext.name=simmim."
+            f"The tuner {tuner} and the pretext task {pretext.name} exclude each other: {reason}. Use another of "
+            "either (`medtpp list matrix` shows what goes together), such as --set pretext.name=simmim."
         )
 
 
