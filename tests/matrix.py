@@ -63,6 +63,8 @@ def _entry(name, kind):
 for _name, _kind in _KINDS.items():
     register_model(_entry(_name, _kind))
 
+# `full` moves every weight, and RandLoRA scales its update up: small departures when perturbed.
+PERTURBATION = {"full": 0.01, "randlora": 0.005}
 _FOLDERS = TemporaryDirectory(prefix="medtpp-matrix-")  # goes when the process ends
 VARIANTS = tuple(_KINDS)
 TUNED = [(tuner, variant) for tuner in TUNERS.names() for variant in VARIANTS]
@@ -142,13 +144,19 @@ def images(count: int = 8, channels: int = 1) -> torch.Tensor:
     return (smooth + 0.01 * torch.randn(smooth.shape, generator=generator)).clamp(0, 1)
 
 
+def pretext_of(tuner: str) -> str:
+    """The default pretext task, or one that drops no patches for tuners that need all."""
+    return "simmim" if TUNERS.get(tuner).needs_grid else "mae"
+
+
 def draws(count: int = 8, epoch: int = 0):
     """Draws of a batch."""
     return Seeds(2).draws(torch.full((count,), epoch), torch.arange(count))
 
 
-def perturb(tuned: tuners.TunedBackbone, scale: float = 0.05, seed: int = 3) -> None:
-    """Move the target parameters at random, as training would."""
+def perturb(tuned: tuners.TunedBackbone, scale: float | None = None, seed: int = 3) -> None:
+    """Move the target parameters at random, as training would; by the tuner's own scale if none is given."""
+    scale = PERTURBATION.get(tuned.tuner.name, 0.05) if scale is None else scale
     generator = Seeds(seed).generator("perturb")
     with torch.no_grad():
         for parameter in tuned.targets.values():

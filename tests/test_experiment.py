@@ -158,7 +158,7 @@ def test_all_mistakes_of_a_file_come_at_once_with_their_lines(tmp_path):
     assert "should be 'unknown', 'xray'" in said
     assert "did you mean steps?" in said
     assert "should be a whole number or 'auto', not 'ten'" in said
-    assert re.search(r"ssf has no such option; .*\blora\b.* has", said)
+    assert re.search(r"ssf has no such option; .*\blora\b.* have", said)
     assert "did you mean hardware?" in said
 
 
@@ -177,7 +177,7 @@ def test_a_setting_is_not_blamed_on_a_line_of_the_file(tmp_path):
         (["pretext=mea"], ["no pretext called 'mea'", "'mae'"]),
         (["task.name=segmentatoin"], ["no task called 'segmentatoin'"]),
         (["tuner.rnk=3"], ["tuner.rnk", "did you mean rank?"]),
-        (["tuner.prompts=3"], ["lora has no such option; vpt_deep has"]),
+        (["tuner.prompts=3"], ["lora has no such option; vpt_deep, vpt_shallow have"]),
         (["tuner.roles=[attention.qk]"], ["tuner.roles.0", "'attention.qkv'", "not 'attention.qk'"]),
         (["tuner.roles=[]"], ["tuner.roles", "at least 1"]),
         (["tpp=5"], ["tpp: should be a section"]),

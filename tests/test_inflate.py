@@ -31,6 +31,12 @@ TUNED = [
 WITH_EMBED = [pair for pair in TUNED if pair[0] not in ("full", "linear")]
 
 
+def params(pairs):
+    """As parameters of a test: each tuner with one variant in turn, the others slow."""
+    fast = {name: TUNED[index % 2][1] for index, name in enumerate(TUNERS.names())}
+    return [pytest.param(*pair, marks=() if fast[pair[0]] == pair[1] else pytest.mark.slow) for pair in pairs]
+
+
 def load(variant, size=SIZE, patch=PATCH):
     options = BackboneOptions(name=str(matrix.backbone_folder(variant)), dims=3, patch_size=patch)
     return backbones.load(options, image_size=size)
@@ -255,14 +261,14 @@ def attach(tuner, variant, seed=0):
     return tuners.attach(load(variant), tuner, seed=seed)
 
 
-def moved(tuner, variant, scale=0.05):
+def moved(tuner, variant):
     """A tuned backbone whose targets and embedding are no longer where they started."""
     tuned = attach(tuner, variant)
-    matrix.perturb(tuned, 0.01 if tuner == "full" else scale)
+    matrix.perturb(tuned)
     generator = Seeds(5).generator("embed")
     with torch.no_grad():
         for parameter in tuned.embed.values():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * scale)
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
     return tuned
 
 
@@ -271,7 +277,7 @@ def tokens(backbone, images, **options):
         return backbone.encode(images, **options).tokens
 
 
-@pytest.mark.parametrize(("tuner", "variant"), TUNED)
+@pytest.mark.parametrize(("tuner", "variant"), params(TUNED))
 class TestTuner:
     def test_the_embedding_is_a_group_of_its_own(self, tuner, variant):
         tuned = attach(tuner, variant)
@@ -312,10 +318,12 @@ class TestTuner:
         images, tuned = volumes(), moved(tuner, variant)
         whole = tuned.encode(images)
         assert whole.tokens.shape == (4, tuned.spec.prefix + PATCHES, matrix.WIDTH)
+        if TUNERS.get(tuner).needs_grid:
+            return  # neighbours are part of what it computes
         order = torch.rand(4, PATCHES).argsort(dim=1)
         shuffled = tuned.encode(images, keep=order).patches
         expected = whole.patches.gather(1, order[..., None].expand_as(shuffled))
-        torch.testing.assert_close(shuffled, expected, atol=2e-5, rtol=1e-5)
+        torch.testing.assert_close(shuffled, expected, atol=1e-4, rtol=1e-5)
 
     def test_merging_is_exact_and_takes_the_embedding_along(self, tuner, variant):
         if not TUNERS.get(tuner).merges:
@@ -350,7 +358,7 @@ class TestTuner:
         images, tuned = volumes(8), attach(tuner, variant)
         if not tuned.targets:
             pytest.skip("nothing to train")
-        head, draws = matrix.make_pretext("mae", tuned), matrix.draws()
+        head, draws = matrix.make_pretext(matrix.pretext_of(tuner), tuned), matrix.draws()
         before = {name: value.clone() for name, value in tuned.state_dict().items()}
         trained = {**tuned.targets, **tuned.embed}
         losses = matrix.descend(
@@ -363,10 +371,10 @@ class TestTuner:
         assert tuned.source_hash() == tuned.spec.sha256
 
 
-@pytest.mark.parametrize(("tuner", "variant"), WITH_EMBED)
+@pytest.mark.parametrize(("tuner", "variant"), params(WITH_EMBED))
 def test_every_part_of_the_embedding_gets_a_gradient_at_once(tuner, variant):
     images, tuned = volumes(8), attach(tuner, variant)
-    head = matrix.make_pretext("mae", tuned)
+    head = matrix.make_pretext(matrix.pretext_of(tuner), tuned)
     head.loss(tuned, images, matrix.draws())[0].backward()
     weight, depth = tuned.encoder.patch_embed.proj.weight, tuned.encoder.depth_embed
     assert weight.grad.flatten(1).any(dim=1).all()

@@ -17,8 +17,6 @@ from medtpp.errors import ConfigError
 from medtpp.seeds import Seeds
 from medtpp.training.tpp import require_pair
 
-# `full` moves every weight, and RandLoRA scales its update up: small departures when perturbed.
-PERTURBATION = {"full": 0.01, "randlora": 0.005}
 SAVED_BESIDE = ("vera_A", "vera_B", "randlora_A", "randlora_B", "rows")  # drawn at random, not trained
 
 
@@ -43,7 +41,7 @@ def changed(module, before):
 def moved(tuner, variant):
     """A tuned backbone whose targets are no longer where they started."""
     tuned = matrix.attach(tuner, variant)
-    matrix.perturb(tuned, PERTURBATION.get(tuner, 0.05))
+    matrix.perturb(tuned)
     return tuned
 
 

@@ -268,7 +268,8 @@ def _unknown_name(model: type[BaseModel], values: Any, location: Location, error
         method = values[location[0]]["name"]
         owners = [other for other, entry in registry.items() if name in entry.Options.model_fields]
         if owners:
-            return f"{method} has no such option; {', '.join(owners)} has. Choose it with --set {location[0]}.name=..."
+            have = f"{', '.join(owners)} {'has' if len(owners) == 1 else 'have'}"
+            return f"{method} has no such option; {have}. Choose it with --set {location[0]}.name=..."
         known = sorted(registry.get(method).Options.model_fields) if method != "auto" else ["name"]
     else:
         known = _known_fields(model, location[:-1])
