@@ -9,8 +9,19 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import matrix
-from medtpp.adapter import CARD, Adapter, TaskCard, load_adapter, make_task, read_card, refuse_overlap, save_adapter
+from medtpp.adapter import (
+    CARD,
+    Adapter,
+    TaskCard,
+    TPPCard,
+    load_adapter,
+    make_task,
+    read_card,
+    refuse_overlap,
+    save_adapter,
+)
 from medtpp.config import BackboneOptions
+from medtpp.data.fingerprints import Fingerprints
 from medtpp.errors import LeakageError, MedtppError, WeightsError
 from medtpp.seeds import Seeds
 
@@ -115,6 +126,24 @@ def test_all_wrong_keys_of_the_head_are_listed_together(folder):
         load_adapter(folder)
     assert str(folder) in raised.value.message
     assert len(raised.value.problems) == 3
+
+
+@pytest.mark.parametrize("tuner", ["lora", "bitfit", "full", "lora+bitfit"])
+def test_the_card_says_what_tpp_of_a_selection_is(tuner, tmp_path):
+    tpp = TPPCard(
+        pretext={"name": "mae"},
+        steps=1,
+        head_warmup=0,
+        batch_size=1,
+        learning_rate=1.0,
+        seed=0,
+        images=1,
+        transductive=False,
+        fingerprints=Fingerprints(),
+    )
+    save_adapter(tmp_path, matrix.attach(tuner, VARIANT), matrix.card_of(tuner, VARIANT, tpp=tpp))
+    said = (tmp_path / "README.md").read_text()
+    assert ("continued pre-training of a subset" in said) == (tuner in ("bitfit", "full"))
 
 
 @pytest.mark.parametrize("tuner", [pair[0] for pair in matrix.WITH_TARGETS if pair[1] == VARIANT])

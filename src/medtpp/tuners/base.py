@@ -191,6 +191,7 @@ class Tuner(ABC, Generic[O]):
         merges: Whether `merged()` is exact (1e-5 in float32).
         has_targets: Whether there is anything for TPP to train.
         needs_grid: Whether it needs all patches, so that none may be dropped.
+        selects: Whether it trains weights that the backbone has, and adds none, so that TPP is continued pre-training.
     """
 
     Options: ClassVar[type[MethodOptions]]
@@ -199,6 +200,7 @@ class Tuner(ABC, Generic[O]):
     merges: ClassVar[bool] = True
     has_targets: ClassVar[bool] = True
     needs_grid: ClassVar[bool] = False
+    selects: ClassVar[bool] = False
 
     def __init__(self, options: O) -> None:
         self.options = options

@@ -45,6 +45,7 @@ class Full(Tuner[FullOptions]):
     Options: ClassVar[type[MethodOptions]] = FullOptions
     summary: ClassVar[str] = "reference: all parameters of the backbone"
     learning_rate: ClassVar[float] = 1e-4
+    selects: ClassVar[bool] = True
 
     def attach(self, backbone: Backbone, seeds: Seeds, images: Tensor | None = None) -> TunedBackbone:  # noqa: ARG002
         """See `Tuner.attach`."""

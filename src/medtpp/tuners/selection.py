@@ -31,6 +31,7 @@ class BitFit(Tuner[BitFitOptions]):
     Options: ClassVar[type[MethodOptions]] = BitFitOptions
     summary: ClassVar[str] = "the backbone's biases (arXiv 2106.10199)"
     learning_rate: ClassVar[float] = 3e-3
+    selects: ClassVar[bool] = True
 
     def attach(self, backbone: Backbone, seeds: Seeds, images: Tensor | None = None) -> TunedBackbone:  # noqa: ARG002
         """See `Tuner.attach`."""
@@ -53,6 +54,7 @@ class LNTuning(Tuner[LNTuningOptions]):
     Options: ClassVar[type[MethodOptions]] = LNTuningOptions
     summary: ClassVar[str] = "the backbone's norms (arXiv 2211.08682)"
     learning_rate: ClassVar[float] = 3e-3
+    selects: ClassVar[bool] = True
 
     def attach(self, backbone: Backbone, seeds: Seeds, images: Tensor | None = None) -> TunedBackbone:  # noqa: ARG002
         """See `Tuner.attach`."""
@@ -81,6 +83,7 @@ class LastBlocks(Tuner[LastBlocksOptions]):
     Options: ClassVar[type[MethodOptions]] = LastBlocksOptions
     summary: ClassVar[str] = "all parameters of the last blocks (arXiv 1411.1792)"
     learning_rate: ClassVar[float] = 1e-4
+    selects: ClassVar[bool] = True
 
     def attach(self, backbone: Backbone, seeds: Seeds, images: Tensor | None = None) -> TunedBackbone:  # noqa: ARG002
         """See `Tuner.attach`."""
