@@ -300,16 +300,11 @@ def _model_card(card: AdapterCard, backbone: TunedBackbone) -> str:
         "",
     ]
     if card.tpp:
+        selects = TUNERS.get(card.tuner["name"]).selects
         lines += [
             f"Target Parameter Pre-training: `{card.tpp.pretext['name']}`, {card.tpp.steps} steps of "
             f"{card.tpp.batch_size} on {card.tpp.images} images without labels, seed {card.tpp.seed}.",
-            *(
-                [
-                    "The target parameters are weights of the backbone: this was continued pre-training of a subset of its weights."
-                ]
-                if TUNERS.get(card.tuner["name"]).selects
-                else []
-            ),
+            *(["This was continued pre-training of a subset of the backbone's own weights."] if selects else []),
             *(["**Transductive**: it saw validation and test images."] if card.tpp.transductive else []),
             "",
         ]
