@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from medtpp.backbones import Backbone
 from medtpp.errors import ConfigError
 from medtpp.seeds import Seeds
-from medtpp.tuners.base import TunedBackbone
+from medtpp.tuners._switched import SwitchedBackbone
 
 
 class Bottleneck(nn.Module):
@@ -38,7 +37,7 @@ class Bottleneck(nn.Module):
         return added
 
 
-class BottleneckBackbone(TunedBackbone):
+class BottleneckBackbone(SwitchedBackbone):
     """A backbone with bottlenecks, which subclasses hook to its modules.
 
     Args:
@@ -54,18 +53,9 @@ class BottleneckBackbone(TunedBackbone):
             self.bottlenecks: Any = nn.ModuleList([make() for _ in range(count)])
         self._own(dict(self.bottlenecks.named_parameters()))
 
-    @contextmanager
-    def bypass(self) -> Iterator[None]:
-        """See `TunedBackbone.bypass`."""
-        self._switch(False)
-        try:
-            yield
-        finally:
-            self._switch(True)
-
-    def _switch(self, enabled: bool) -> None:
-        for bottleneck in self.bottlenecks:
-            bottleneck.enabled = enabled
+    def parts(self) -> Any:
+        """See `SwitchedBackbone.parts`."""
+        return self.bottlenecks
 
     def fold(self) -> Backbone:
         """A bottleneck is not linear: it cannot be folded into weights."""

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -16,6 +15,7 @@ from medtpp.backbones import Backbone
 from medtpp.config import TUNERS, MethodOptions
 from medtpp.seeds import Seeds
 from medtpp.tuners._bottleneck import paths_of
+from medtpp.tuners._switched import SwitchedBackbone, unhook
 from medtpp.tuners.base import TunedBackbone, Tuner, check_keys
 
 
@@ -42,7 +42,7 @@ class TrainedRows(nn.Module):
         return output.index_add(-1, self.rows, more.to(output.dtype))
 
 
-class APLABackbone(TunedBackbone):
+class APLABackbone(SwitchedBackbone):
     """A backbone some rows of whose attention projections are trained."""
 
     def __init__(self, source: Backbone, share: float, seeds: Seeds) -> None:
@@ -56,44 +56,33 @@ class APLABackbone(TunedBackbone):
             part = TrainedRows(modules[path], order[: max(1, round(share * outputs))].sort().values)
             modules[path].register_forward_hook(part.hook)
             parts.append(part)
-        self.parts: Any = nn.ModuleList(parts)
-        self._own(dict(self.parts.named_parameters()))
+        self.rows: Any = nn.ModuleList(parts)
+        self._own(dict(self.rows.named_parameters()))
 
-    @contextmanager
-    def bypass(self) -> Iterator[None]:
-        """See `TunedBackbone.bypass`."""
-        self._switch(False)
-        try:
-            yield
-        finally:
-            self._switch(True)
-
-    def _switch(self, enabled: bool) -> None:
-        for part in self.parts:
-            part.enabled = enabled
+    def parts(self) -> Any:
+        """See `SwitchedBackbone.parts`."""
+        return self.rows
 
     def fold(self) -> Backbone:
         """See `TunedBackbone.fold`."""
         twin = copy.deepcopy(self)
         modules: dict[str, Any] = dict(twin.source.encoder.named_modules())
-        for path, part in zip(twin.paths, twin.parts, strict=True):
-            hooks = modules[path]._forward_hooks
-            for key in [key for key, hook in hooks.items() if getattr(hook, "__self__", None) is part]:
-                del hooks[key]
+        for path, part in zip(twin.paths, twin.rows, strict=True):
+            unhook(modules[path], part)
             modules[path].weight.data[part.rows] = part.weight.data
         return twin.source
 
     def adapter_state(self) -> dict[str, Tensor]:
         """The weights, and which rows they are: another version of torch may choose others."""
-        rows = {f"parts.{index}.rows": part.rows for index, part in enumerate(self.parts)}
+        rows = {f"rows.{index}.rows": part.rows for index, part in enumerate(self.rows)}
         return {**super().adapter_state(), **rows}
 
     def load_adapter_state(self, state: Mapping[str, Tensor]) -> None:
         """See `TunedBackbone.load_adapter_state`."""
         check_keys(state, self.adapter_state())
-        for index, part in enumerate(self.parts):
-            part.rows.copy_(state[f"parts.{index}.rows"])
-            part.weight.data.copy_(state[f"parts.{index}.weight"])
+        for index, part in enumerate(self.rows):
+            part.rows.copy_(state[f"rows.{index}.rows"])
+            part.weight.data.copy_(state[f"rows.{index}.weight"])
 
     def adapter_config(self) -> dict[str, Any]:
         """See `TunedBackbone.adapter_config`."""

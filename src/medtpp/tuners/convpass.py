@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -16,6 +14,7 @@ from medtpp.config import TUNERS, MethodOptions
 from medtpp.errors import ConfigError
 from medtpp.seeds import Seeds
 from medtpp.tuners._bottleneck import paths_of
+from medtpp.tuners._switched import SwitchedBackbone
 from medtpp.tuners.base import TunedBackbone, Tuner
 
 
@@ -68,7 +67,7 @@ class ConvBypass(nn.Module):
         return output + self(inputs[0]) if self.enabled else output
 
 
-class ConvpassBackbone(TunedBackbone):
+class ConvpassBackbone(SwitchedBackbone):
     """A backbone with a `ConvBypass` beside the attention and the MLP of each block."""
 
     def __init__(self, source: Backbone, bottleneck: int, scale: float, seeds: Seeds) -> None:
@@ -82,18 +81,9 @@ class ConvpassBackbone(TunedBackbone):
             modules[path].register_forward_hook(added.hook)
         self._own(dict(self.bypasses.named_parameters()))
 
-    @contextmanager
-    def bypass(self) -> Iterator[None]:
-        """See `TunedBackbone.bypass`."""
-        self._switch(False)
-        try:
-            yield
-        finally:
-            self._switch(True)
-
-    def _switch(self, enabled: bool) -> None:
-        for added in self.bypasses:
-            added.enabled = enabled
+    def parts(self) -> Any:
+        """See `SwitchedBackbone.parts`."""
+        return self.bypasses
 
     def fold(self) -> Backbone:
         """What is added is not linear: it cannot be folded into weights."""

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -13,6 +11,7 @@ from torch import Tensor, nn
 from medtpp.backbones import Backbone
 from medtpp.config import TUNERS, MethodOptions
 from medtpp.seeds import Seeds
+from medtpp.tuners._switched import SwitchedBackbone, unhook
 from medtpp.tuners.base import TunedBackbone, Tuner
 
 ROLES = (
@@ -58,7 +57,7 @@ class ScaleShift(nn.Module):
         module.bias = nn.Parameter(shift.clone(), requires_grad=False)
 
 
-class SSFBackbone(TunedBackbone):
+class SSFBackbone(SwitchedBackbone):
     """A backbone with a `ScaleShift` after each module of some roles."""
 
     def __init__(self, source: Backbone, seeds: Seeds) -> None:
@@ -75,27 +74,16 @@ class SSFBackbone(TunedBackbone):
         self.scales: Any = nn.ModuleList(scales)
         self._own({f"scales.{name}": parameter for name, parameter in self.scales.named_parameters()})
 
-    @contextmanager
-    def bypass(self) -> Iterator[None]:
-        """See `TunedBackbone.bypass`."""
-        self._switch(False)
-        try:
-            yield
-        finally:
-            self._switch(True)
-
-    def _switch(self, enabled: bool) -> None:
-        for scale in self.scales:
-            scale.enabled = enabled
+    def parts(self) -> Any:
+        """See `SwitchedBackbone.parts`."""
+        return self.scales
 
     def fold(self) -> Backbone:
         """See `TunedBackbone.fold`."""
         twin = copy.deepcopy(self)
         modules = dict(twin.source.encoder.named_modules())
         for path, scale in zip(twin.paths, twin.scales, strict=True):
-            hooks = modules[path]._forward_hooks
-            for key in [key for key, hook in hooks.items() if getattr(hook, "__self__", None) is scale]:
-                del hooks[key]
+            unhook(modules[path], scale)
             scale.fold_into(modules[path])
         return twin.source
 
