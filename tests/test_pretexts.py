@@ -76,6 +76,21 @@ class TestTeacher:
         assert not teacher.project(head, tuned.encode(images).pooled("mean")).requires_grad
 
 
+def test_a_head_is_saved_without_averages_and_loads_before_training():
+    trained = make("moco_v3", matrix.attach("lora", VARIANT), queue=4)
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            parameter.add_(1)
+    state = trained.head_state()
+    assert state.keys() == {name for name, _ in trained.named_parameters()}
+    method = PRETEXTS.get("moco_v3")
+    new = method(method.Options(queue=8), matrix.load(VARIANT).spec, Seeds(1))
+    assert new.load_head({"moco_v3": state})
+    assert all(torch.equal(value, state[name]) for name, value in new.head_state().items())
+    assert not new.load_head({"mae": state})
+    assert not method(method.Options(width=8), matrix.load(VARIANT).spec, Seeds(1)).load_head({"moco_v3": state})
+
+
 def test_the_queue_holds_the_last_keys():
     tuned = matrix.attach("lora", VARIANT)
     moco = make("moco_v3", tuned, queue=12, width=8)

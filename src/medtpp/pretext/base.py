@@ -76,6 +76,10 @@ class Pretext(nn.Module, ABC):
         """Pictures of what the task does, (B, C, *spatial) in [0, 1] by name; none by default."""
         return {}
 
+    def head_state(self) -> dict[str, Tensor]:
+        """What `load_head` takes: the task's own parameters, without averages and queues."""
+        return {name: parameter.detach() for name, parameter in self.named_parameters()}
+
     def load_head(self, heads: Mapping[str, Mapping[str, Tensor]]) -> bool:
         """Start from the trained head of this task, if there is one.
 
@@ -85,8 +89,9 @@ class Pretext(nn.Module, ABC):
         Returns:
             False, and nothing changes, where there is none or its shapes are other than this one's.
         """
-        state, own = heads.get(self.name, {}), self.state_dict()
+        state, own = heads.get(self.name, {}), self.head_state()
         if own.keys() != state.keys() or any(own[key].shape != state[key].shape for key in own):
             return False
-        self.load_state_dict(state)
+        for name, parameter in own.items():
+            parameter.copy_(state[name])
         return True

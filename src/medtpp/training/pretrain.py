@@ -126,7 +126,7 @@ def _train(fabric: Fabric, inputs: PretrainInputs, folder: Path) -> StageResult:
                 **result.summary(),
             },
         }
-        heads = {inputs.pretext.name: pretext.state_dict()}
+        heads = {inputs.pretext.name: pretext.head_state()}
         save_backbone(folder, backbone.encoder.state_dict(), heads, card, inputs.fingerprints, half=options.half)
         write_text(folder / "README.md", _model_card(card, result, len(data), inputs.description))
         finish(folder)

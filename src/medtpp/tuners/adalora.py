@@ -79,6 +79,7 @@ class AdaLoRABackbone(PeftBackbone):
         for part, name in zip("AEB", self._triples[index], strict=True):
             parameter = self.targets[name]
             now = torch.zeros_like(parameter) if parameter.grad is None else (parameter * parameter.grad).abs()
+            now = now.nan_to_num(0.0, 0.0, 0.0)  # of a step that a gradient scaler leaves out
             sensitivity = self.get_buffer(f"sensitivity_{index}_{part}")
             uncertainty = self.get_buffer(f"uncertainty_{index}_{part}")
             sensitivity.lerp_(now, 1 - SMOOTHING)
