@@ -216,8 +216,7 @@ def finetune(
     module = SupervisedModule(model, head.to(device), Augmenter(AugmentOptions(), modality))
     targets = torch.tensor([classes.index(label) for label in labels])
     groups = [Group("head", dict(head.named_parameters()), chosen.head_learning_rate, chosen.head_weight_decay)]
-    if model.targets:
-        groups += tuner_groups(model, float(chosen.learning_rate), chosen.weight_decay)
+    groups += tuner_groups(model, float(chosen.learning_rate), chosen.weight_decay)
     stream = UserStream(images, targets, number(chosen.batch_size), seeds)
     with _random_state(seeds):
         fit(

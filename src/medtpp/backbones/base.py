@@ -190,9 +190,9 @@ class Backbone(nn.Module, ABC):
             taps: Blocks whose output is wanted as a feature map, in the order of the blocks; needs all patches.
         """
 
-    def forward(self, images: Tensor, mask: Tensor | None = None, mask_token: Tensor | None = None) -> Features:
-        """`encode`, as `torch.func.functional_call` wants it."""
-        return self.encode(images, mask=mask, mask_token=mask_token)
+    def forward(self, images: Tensor) -> Features:
+        """`encode` without options."""
+        return self.encode(images)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:

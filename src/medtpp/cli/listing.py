@@ -29,10 +29,10 @@ def list_(kind: Annotated[Kind, typer.Argument(help="What to list.")]) -> None:
     """List backbones, tuners, pretext tasks or tasks, with their options, or the matrix of what goes together."""
     from medtpp.config import BACKBONES, PRETEXTS, TASKS, TUNERS
 
-    table = Table(box=None, pad_edge=False, header_style="bold")
     if kind is Kind.matrix:
         _list_matrix()
         return
+    table = Table(box=None, pad_edge=False, header_style="bold")
     if kind is Kind.backbones:
         table.add_column("family")
         table.add_column("what")

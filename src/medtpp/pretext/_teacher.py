@@ -42,12 +42,16 @@ class Teacher(nn.Module):
         projected: Tensor = functional_call(head, self._averages("head."), (values,))
         return projected
 
+    def look(self, backbone: Backbone, head: nn.Module, images: Tensor, pooling: str) -> Tensor:
+        """What its head makes of its pooled features of (B, C, *spatial) images."""
+        return self.project(head, self.encode(backbone, images).pooled(pooling))
+
     @torch.no_grad()
     def update(self, backbone: Backbone, head: nn.Module, step: int, total: int) -> None:
         """Move towards the student, after `step` of `total` steps."""
         kept = 1 - (1 - self.momentum) * (math.cos(math.pi * step / total) + 1) / 2
         averages = self._averages("")
-        for name, parameter in {**dict(_named(backbone, head))}.items():
+        for name, parameter in _named(backbone, head):
             if name in averages:
                 averages[name].lerp_(parameter, 1 - kept)
 

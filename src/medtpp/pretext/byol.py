@@ -51,10 +51,7 @@ class BYOL(Pretext):
     def loss(self, backbone: Backbone, images: Tensor, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
         """1 - cosine of prediction and teacher, mean over both directions and the batch."""
         views = two_views(images, draws)
-        targets = [
-            self.teacher.project(self.projection, self.teacher.encode(backbone, view).pooled(self.pooling))
-            for view in views
-        ]
+        targets = [self.teacher.look(backbone, self.projection, view, self.pooling) for view in views]
         predicted = [self.predictor(self.projection(backbone.encode(view).pooled(self.pooling))) for view in views]
         agreement = [
             F.cosine_similarity(predicted[own].float(), targets[1 - own].float()).mean() for own in range(len(views))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -70,10 +70,7 @@ class MoCoV3(Pretext):
         """InfoNCE, mean over both directions."""
         views = two_views(images, draws)
         keys = [
-            F.normalize(
-                self.teacher.project(self.projection, self.teacher.encode(backbone, view).pooled(self.pooling)).float(),
-                dim=-1,
-            )
+            F.normalize(self.teacher.look(backbone, self.projection, view, self.pooling).float(), dim=-1)
             for view in views
         ]
         queries = [self.predictor(self.projection(backbone.encode(view).pooled(self.pooling))) for view in views]
@@ -84,7 +81,7 @@ class MoCoV3(Pretext):
     def _contrast(self, queries: Tensor, keys: Tensor) -> Tensor:
         """Cross-entropy of the key of the same image among those of the batch and of the queue."""
         filled = min(int(self.queued), len(self.queue))
-        candidates: Any = torch.cat([keys, self.queue[:filled]])
+        candidates = torch.cat([keys, self.queue[:filled]])
         similarity = F.normalize(queries.float(), dim=-1) @ candidates.T / self.temperature
         # The paper's factor, so that the gradient does not depend on the temperature.
         return 2 * self.temperature * F.cross_entropy(similarity, torch.arange(len(queries), device=keys.device))

@@ -47,9 +47,7 @@ class Restoration(Pretext):
     def loss(self, backbone: Backbone, images: Tensor, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean squared error on standardised images, averaged over the batch."""
         images = match_channels(images, self.channels).float()
-        axes = tuple(range(1, images.ndim))
-        mean = images.mean(dim=axes, keepdim=True)
-        deviation = (images - mean).square().mean(dim=axes, keepdim=True).sqrt().clamp(min=1e-3)
+        mean, deviation = moments(images)
         target = patchify((images - mean) / deviation, self.patch)  # (B, N, p*C)
         predicted = self.predict(backbone.encode(self.change(images, draws)).patches).float()
         return (predicted - target).square().mean(), {}
@@ -72,11 +70,16 @@ class Restoration(Pretext):
         """The changed images and the restored ones."""
         images = match_channels(images, self.channels).float()
         changed = self.change(images, draws)
-        axes = tuple(range(1, images.ndim))
-        mean = images.mean(dim=axes, keepdim=True)
-        deviation = (images - mean).square().mean(dim=axes, keepdim=True).sqrt()
+        mean, deviation = moments(images)
         restored = unpatchify(self.predict(backbone.encode(changed).patches).float(), self.patch, images.shape[2:])
         return {"changed": changed, "restored": (restored * deviation + mean).clamp(0, 1)}
+
+
+def moments(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each image of (B, C, *spatial), over all of it; a flat one's is 0.001."""
+    axes = tuple(range(1, images.ndim))
+    mean = images.mean(dim=axes, keepdim=True)
+    return mean, (images - mean).square().mean(dim=axes, keepdim=True).sqrt().clamp(min=1e-3)
 
 
 def bend(images: Tensor, draws: Draws) -> Tensor:

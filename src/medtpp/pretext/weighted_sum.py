@@ -55,7 +55,6 @@ class Sum(Pretext):
                 for name, given in options.parts.items()
             }
         )
-
         parts: list[Any] = list(self.parts.values())
         self.needs = frozenset(capability for part in parts for capability in part.needs)
         self.couples_images = any(part.couples_images for part in parts)

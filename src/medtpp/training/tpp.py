@@ -175,14 +175,14 @@ def resolve_tpp(
 
 
 def require_targets(experiment: Experiment) -> None:
-    """Raise ConfigError if the tuner has nothing that TPP could train."""
+    """Raise ConfigError if the tuner has nothing that TPP could train, or a start in its place."""
     if not TUNERS.get(experiment.tuner.name).has_targets:
         raise ConfigError(
             f"The tuner {experiment.tuner.name} has no target parameters, so there is nothing to pre-train. "
             "Use --set tpp.enabled=false, or another tuner."
         )
-    start = getattr(experiment.tuner, "start", "standard")
-    if start != "standard":
+    start = TUNERS.get(experiment.tuner.name)(experiment.tuner).own_start
+    if start is not None:
         raise ConfigError(
             f"tuner.start={start} and TPP exclude each other: both are starts. Use --set tpp.enabled=false, or "
             "--set tuner.start=standard."

@@ -62,15 +62,3 @@ class BottleneckBackbone(SwitchedBackbone):
         raise ConfigError(
             "Bottleneck adapters cannot be merged: they are not linear. Keep the adapter beside the backbone."
         )
-
-
-def paths_of(backbone: Backbone, *roles: str) -> tuple[str, ...]:
-    """The paths of all modules with one of these roles.
-
-    Raises:
-        ConfigError: The backbone has no module for some of the roles.
-    """
-    missing = [role for role in roles if not backbone.layout.paths(role)]
-    if missing:
-        raise ConfigError(f"{backbone.spec.name} has no modules with the roles {', '.join(missing)}.")
-    return backbone.layout.paths(*roles)

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from medtpp.backbones import Backbone
 from medtpp.config import TUNERS, MethodOptions
 from medtpp.seeds import Seeds
-from medtpp.tuners._bottleneck import Bottleneck, BottleneckBackbone, paths_of
-from medtpp.tuners.base import TunedBackbone, Tuner
+from medtpp.tuners._bottleneck import Bottleneck, BottleneckBackbone
+from medtpp.tuners.base import TunedBackbone, Tuner, paths_of
 
 
 class ParallelBottleneck(Bottleneck):

@@ -14,9 +14,8 @@ from torch.nn import functional as F
 from medtpp.backbones import Backbone
 from medtpp.config import TUNERS, MethodOptions
 from medtpp.seeds import Seeds
-from medtpp.tuners._bottleneck import paths_of
 from medtpp.tuners._switched import SwitchedBackbone, unhook
-from medtpp.tuners.base import TunedBackbone, Tuner, check_keys
+from medtpp.tuners.base import TunedBackbone, Tuner, check_keys, paths_of
 
 
 class TrainedRows(nn.Module):

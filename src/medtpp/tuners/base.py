@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from medtpp.backbones import Backbone, Features
 from medtpp.config import MethodOptions
-from medtpp.errors import WeightsError
+from medtpp.errors import ConfigError, WeightsError
 from medtpp.seeds import Seeds
 
 O = TypeVar("O", bound=MethodOptions)  # noqa: E741  (the options of a method)
@@ -210,6 +210,11 @@ class Tuner(ABC, Generic[O]):
         """Whether the start is made from images, so that `attach` has to get some."""
         return False
 
+    @property
+    def own_start(self) -> str | None:
+        """A start that takes the place of TPP, and excludes it; by default none."""
+        return None
+
     @abstractmethod
     def attach(self, backbone: Backbone, seeds: Seeds, images: Tensor | None = None) -> TunedBackbone:
         """Add target parameters to a backbone, which is taken over and changed in place.
@@ -222,6 +227,18 @@ class Tuner(ABC, Generic[O]):
         Raises:
             ConfigError: The method does not fit this backbone.
         """
+
+
+def paths_of(backbone: Backbone, *roles: str) -> tuple[str, ...]:
+    """The paths of all modules with one of these roles.
+
+    Raises:
+        ConfigError: The backbone has no module for some of the roles.
+    """
+    missing = [role for role in roles if not backbone.layout.paths(role)]
+    if missing:
+        raise ConfigError(f"{backbone.spec.name} has no modules with the roles {', '.join(missing)}.")
+    return backbone.layout.paths(*roles)
 
 
 def parameter_of(encoder: nn.Module, name: str) -> nn.Parameter:

@@ -13,9 +13,8 @@ from medtpp.backbones import Backbone, Spec
 from medtpp.config import TUNERS, MethodOptions
 from medtpp.errors import ConfigError
 from medtpp.seeds import Seeds
-from medtpp.tuners._bottleneck import paths_of
 from medtpp.tuners._switched import SwitchedBackbone
-from medtpp.tuners.base import TunedBackbone, Tuner
+from medtpp.tuners.base import TunedBackbone, Tuner, paths_of
 
 
 class ConvBypass(nn.Module):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
@@ -16,6 +16,7 @@ from medtpp.backbones import Backbone, Features, training_attention
 from medtpp.config import TUNERS, MethodOptions
 from medtpp.errors import ConfigError
 from medtpp.seeds import Seeds
+from medtpp.tuners._switched import SwitchedBackbone
 from medtpp.tuners.base import TunedBackbone, Tuner
 
 HEAD = 32  # channels of an attention head
@@ -56,7 +57,7 @@ class Ladder(nn.Module):
         return added
 
 
-class LadderBackbone(TunedBackbone):
+class LadderBackbone(SwitchedBackbone):
     """A backbone whose features get what a ladder adds. No gradient goes through it, so none of its work is kept.
 
     Where something before its blocks learns as well, a mask token or the embedding of volumes, a gradient must.
@@ -101,14 +102,9 @@ class LadderBackbone(TunedBackbone):
         )
         return replace(features, tokens=features.tokens + added[-1], maps=maps)
 
-    @contextmanager
-    def bypass(self) -> Iterator[None]:
-        """See `TunedBackbone.bypass`."""
-        self.enabled = False
-        try:
-            yield
-        finally:
-            self.enabled = True
+    def parts(self) -> Any:
+        """See `SwitchedBackbone.parts`."""
+        return (self,)
 
     def fold(self) -> Backbone:
         """A network beside the backbone cannot be folded into its weights."""

@@ -52,12 +52,13 @@ class LoRA(PeftTuner[PlainLoRAOptions]):
     @property
     def needs_images(self) -> bool:
         """See `Tuner.needs_images`."""
-        return self._start == "eva"
+        return self.own_start == "eva"
 
     @property
-    def _start(self) -> Start:
-        start: Start = getattr(self.options, "start", "standard")
-        return start
+    def own_start(self) -> Start | None:
+        """See `Tuner.own_start`."""
+        start = self.options.start if isinstance(self.options, LoRAOptions) else "standard"
+        return None if start == "standard" else start
 
     def configure(self, backbone: Backbone, targets: str, seeds: Seeds) -> PeftConfig:  # noqa: ARG002
         """See `PeftTuner.configure`."""
@@ -65,11 +66,11 @@ class LoRA(PeftTuner[PlainLoRAOptions]):
 
     def attach(self, backbone: Backbone, seeds: Seeds, images: Tensor | None = None) -> TunedBackbone:
         """See `Tuner.attach`."""
-        if self._start in ("pissa", "olora"):
-            config = self.configure(backbone, self.pattern(backbone), seeds)
-            return StartedLoRA(backbone, config, self._start, seeds)
-        tuned = super().attach(backbone, seeds)
-        if images is not None and self._start == "eva" and isinstance(tuned, PeftBackbone):
+        config = self.configure(backbone, self.pattern(backbone), seeds)
+        if self.own_start in ("pissa", "olora"):
+            return StartedLoRA(backbone, config, self.own_start, seeds)
+        tuned = PeftBackbone(backbone, config, seeds)
+        if self.needs_images and images is not None:
             start_from_images(tuned, images)
         return tuned
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -15,10 +13,11 @@ from medtpp.backbones import Backbone
 from medtpp.config import TUNERS, MethodOptions
 from medtpp.errors import ConfigError
 from medtpp.seeds import Seeds
+from medtpp.tuners._switched import SwitchedBackbone
 from medtpp.tuners.base import TunedBackbone, Tuner
 
 
-class VPTBackbone(TunedBackbone):
+class VPTBackbone(SwitchedBackbone):
     """A backbone whose blocks see prompts at the end of their input.
 
     So prompts come after dropping, and are never masked, pooled or decoded.
@@ -47,14 +46,9 @@ class VPTBackbone(TunedBackbone):
             modules[path].register_forward_hook(hooks.remove)
         self._own({"prompts": self.prompts})
 
-    @contextmanager
-    def bypass(self) -> Iterator[None]:
-        """See `TunedBackbone.bypass`."""
-        self.enabled = False
-        try:
-            yield
-        finally:
-            self.enabled = True
+    def parts(self) -> Any:
+        """See `SwitchedBackbone.parts`."""
+        return (self,)
 
     def fold(self) -> Backbone:
         """Prompts are input, not weights: they cannot be folded in."""
