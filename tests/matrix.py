@@ -6,13 +6,20 @@ a folder like any other, and `peft` finds them too. `make test` runs a cover of 
 """
 
 from functools import cache, partial
+from itertools import combinations
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
+import timm
 import torch
 from timm.models import register_model
+from timm.models.convnext import ConvNeXt
+from timm.models.densenet import DenseNet
 from timm.models.eva import Eva
+from timm.models.resnet import BasicBlock, ResNet
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.swin_transformer_v2 import SwinTransformerV2
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
@@ -48,65 +55,123 @@ _KINDS = {
         _EVA, qkv_fused=False, swiglu_mlp=True, scale_mlp=True, use_rot_pos_emb=True, use_fc_norm=False
     ),
 }  # fmt: skip
+# Hierarchical networks whose last map has the same grid: some last stages do not halve it. Each lies in timm's module
+# of its kind, by which it is known.
+_SWIN = {"img_size": SIZE, "patch_size": 2, "embed_dim": 32, "depths": (1, 2, 1), "num_heads": (1, 2, 2),
+         "window_size": 4, "drop_path_rate": 0.3}  # fmt: skip
+_PYRAMIDS = {
+    "medtpp_test_swin": partial(SwinTransformer, **_SWIN),
+    "medtpp_test_swin_v2": partial(SwinTransformerV2, **_SWIN),
+    "medtpp_test_convnext": partial(
+        ConvNeXt, depths=(1, 1, 1, 1), dims=(32, 32, 64, 64), patch_size=2, kernel_sizes=3, ls_init_value=0.3,
+        output_stride=8, drop_path_rate=0.3,
+    ),
+    "medtpp_test_resnet": partial(
+        ResNet, block=BasicBlock, layers=(1, 1, 1, 1), channels=(8, 16, 32, 64), stem_width=8, output_stride=8
+    ),
+    "medtpp_test_densenet": partial(DenseNet, growth_rate=8, block_config=(2, 2)),
+}  # fmt: skip
 
 
-def _entry(name, kind):
+def _entry(name, kind, module):
     def build(pretrained=False, pretrained_cfg=None, pretrained_cfg_overlay=None, cache_dir=None, **kwargs):
-        network = kind(**{"num_classes": 0, "img_size": SIZE, **kwargs})
-        network.pretrained_cfg = {}
+        network = kind(**{"num_classes": 0, **kwargs})
+        network.pretrained_cfg = {"mean": [0.5] * 3, "std": [0.25] * 3}
         return network
 
-    build.__name__, build.__module__ = name, __name__
+    build.__name__, build.__module__ = name, module
     return build
 
 
 for _name, _kind in _KINDS.items():
-    register_model(_entry(_name, _kind))
+    register_model(_entry(_name, partial(_kind, img_size=SIZE), __name__))
+for _name, _kind in _PYRAMIDS.items():
+    register_model(_entry(_name, _kind, _kind.func.__module__))
 
 # `full` moves every weight, and RandLoRA scales its update up: small departures when perturbed.
 PERTURBATION = {"full": 0.01, "randlora": 0.005}
 _FOLDERS = TemporaryDirectory(prefix="medtpp-matrix-")  # goes when the process ends
-VARIANTS = tuple(_KINDS)
-TUNED = [(tuner, variant) for tuner in TUNERS.names() for variant in VARIANTS]
-WITH_TARGETS = [(tuner, variant) for tuner, variant in TUNED if TUNERS.get(tuner).has_targets]
-PRETRAINED = [(pretext, *pair) for pretext in PRETEXTS.names() for pair in WITH_TARGETS]
+VARIANTS = (*_KINDS, *_PYRAMIDS)
 
 
 def params(cells: list[tuple[str, ...]]) -> list:
     """Cells of (tuner, variant) or (pretext, tuner, variant) as parameters of a test; those outside the cover are slow.
 
-    The cover has two variants for each tuner, and each pair of pretext and tuner, of pretext and variant, of tuner and
-    variant once.
+    In the cover is each pair of pretext and tuner, of pretext and variant, of tuner and variant; where there is no
+    pretext, LoRA and SSF with each variant, and each other tuner with two to four.
     """
-    pretexts, names = PRETEXTS.names(), TUNERS.names()
+    if len(cells[0]) == 3:
+        covered = pairwise(cells)
+    else:
+        place = {cell: TUNERS.names().index(cell[0]) + VARIANTS.index(cell[1]) for cell in cells}
+        covered = {cell for cell in cells if cell[0] in ("lora", "ssf") or place[cell] % 4 == 0}
+    return [pytest.param(*cell, marks=() if cell in covered else pytest.mark.slow) for cell in cells]
 
-    def covered(*cell: str) -> bool:
-        *pretext, tuner, variant = cell
-        place = names.index(tuner) + VARIANTS.index(variant)
-        if pretext:
-            return (place + pretexts.index(pretext[0])) % len(VARIANTS) == 0
-        return tuner in ("lora", "ssf") or place % (len(VARIANTS) // 2) == 0
 
-    return [pytest.param(*cell, marks=() if covered(*cell) else pytest.mark.slow) for cell in cells]
+def pairwise(cells: list[tuple[str, ...]]) -> set[tuple[str, ...]]:
+    """Few of the cells, with all pairs of values that any cell has: greedily, the one with most new pairs first."""
+    pairs = {cell: set(combinations(enumerate(cell), 2)) for cell in cells}
+    wanted, chosen = set().union(*pairs.values()), set()
+    for news in range(len(cells[0]) * (len(cells[0]) - 1) // 2, 0, -1):  # what a cell covers anew only falls
+        for cell in cells:
+            if len(pairs[cell] & wanted) >= news:
+                chosen.add(cell)
+                wanted -= pairs[cell]
+    return chosen
 
 
 @cache
 def backbone_folder(variant: str) -> Path:
     """A backbone folder with weights none of which is zero or one, so that every one of them matters."""
-    with Seeds(0).scope("matrix", variant):
-        network = _KINDS[variant](img_size=SIZE, num_classes=0)
-        with torch.no_grad():
-            for parameter in network.parameters():
-                parameter.add_(torch.randn_like(parameter) * 0.05)
+    network = timm.create_model(variant)
+    with Seeds(0).scope("matrix", variant), torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+        for name, buffer in network.named_buffers():
+            if "running_" in name:
+                buffer.add_(torch.rand_like(buffer) * 0.2)
     folder = Path(_FOLDERS.name) / variant
     card = {"architecture": variant, "image_size": SIZE, "channels": 3, "mean": [0.5] * 3, "std": [0.25] * 3}
     save_backbone(folder, network.state_dict(), {}, {**card, "objective": "unknown"}, Fingerprints())
     return folder
 
 
+def options(variant: str) -> BackboneOptions:
+    """What loads a backbone of this kind: a folder, or a name and a file of weights."""
+    folder = backbone_folder(variant)
+    if variant in _PYRAMIDS:
+        return BackboneOptions(name=variant, weights=str(folder / "model.safetensors"))
+    return BackboneOptions(name=str(folder))
+
+
 def load(variant: str) -> backbones.Backbone:
     """A new backbone of this kind; the same bits each time."""
-    return backbones.load(str(backbone_folder(variant)), image_size=SIZE)
+    return backbones.load(options(variant), image_size=SIZE)
+
+
+@cache
+def capabilities(variant: str) -> frozenset[str]:
+    """What a backbone of this kind has."""
+    return load(variant).spec.capabilities
+
+
+@cache
+def needs(pretext: str) -> frozenset[str]:
+    """What the task needs of a backbone with its default options; of a sum, what its parts need."""
+    method = PRETEXTS.get(pretext)
+    return method(method.Options(), load(VARIANTS[0]).spec, Seeds(0)).needs
+
+
+TUNED = [
+    (tuner, variant)
+    for tuner in TUNERS.names()
+    for variant in VARIANTS
+    if TUNERS.get(tuner).needs <= capabilities(variant)
+]
+WITH_TARGETS = [(tuner, variant) for tuner, variant in TUNED if TUNERS.get(tuner).has_targets]
+PRETRAINED = [
+    (pretext, *pair) for pretext in PRETEXTS.names() for pair in WITH_TARGETS if needs(pretext) <= capabilities(pair[1])
+]
 
 
 def attach(tuner: str, variant: str, seed: int = 0) -> tuners.TunedBackbone:
@@ -124,10 +189,9 @@ def make_pretext(name: str, backbone: backbones.Backbone):
 
 def card_of(tuner: str, variant: str, **fields) -> AdapterCard:
     """An adapter's card, as the stages write it."""
-    options = BackboneOptions(name=str(backbone_folder(variant)))
     sha256 = load(variant).spec.sha256
     return AdapterCard(
-        backbone=BackboneCard(options=options, architecture=variant, image_size=SIZE, sha256=sha256),
+        backbone=BackboneCard(options=options(variant), architecture=variant, image_size=SIZE, sha256=sha256),
         tuner=TUNERS.get(tuner).Options().model_dump(mode="json"),
         preprocessing=Preprocessing(image_size=SIZE, channels=1),
         modality="unknown",

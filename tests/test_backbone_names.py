@@ -35,9 +35,9 @@ def no_network(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("swin_tiny_patch4_window7_224", r"another kind \(swin_transformer\)"),
+        ("maxvit_tiny_tf_224", r"another kind \(maxxvit\)"),
         ("vit_base_r50_s16_224", r"another kind \(vision_transformer_hybrid\)"),
-        ("timm/resnet50.a1_in1k", r"resnet50\.a1_in1k is a timm model of another kind \(resnet\)"),
+        ("timm/efficientnet_b0.ra_in1k", r"b0\.ra_in1k is a timm model of another kind \(efficientnet\)"),
         ("vit_base_patch16_xp_224", "attention and MLP side by side"),
         ("vit_small_patch16_rope_mixed_224", "rotary positions per layer"),
         ("vit_small_patch16_224.nonsense", r"has no weights .*nonsense\. It has: .*vit_small_patch16_224\.dino"),

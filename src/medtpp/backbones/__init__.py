@@ -11,6 +11,8 @@ from medtpp.backbones.base import (
     Inflation,
     Layout,
     Spec,
+    Stage,
+    describe_lacking,
     gather_tokens,
     hash_state,
     match_channels,
@@ -28,6 +30,8 @@ __all__ = [
     "Inflation",
     "Layout",
     "Spec",
+    "Stage",
+    "describe_lacking",
     "find",
     "gather_tokens",
     "hash_state",
@@ -74,6 +78,17 @@ def load(
         f"No backbone is called {options.name!r}, and it is no folder with a backbone.json. "
         f"Known are, for example: {', '.join(near or examples)}. See `medtpp list backbones`."
     )
+
+
+def kinds() -> dict[str, frozenset[str]]:
+    """What kinds of backbones there are, by a short name, and what each kind has, of `CAPABILITIES`.
+
+    ResNet stands for ConvNets without linear layers, DenseNet too.
+    """
+    found: dict[str, frozenset[str]] = {}
+    for family in BACKBONES.values():
+        found |= getattr(family, "kinds", {})
+    return {name: found[name] for name in sorted(found, key=lambda name: (-len(found[name]), name))}
 
 
 def find(model: nn.Module, image_size: tuple[int, ...]) -> Backbone:

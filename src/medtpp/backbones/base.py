@@ -18,6 +18,32 @@ from medtpp.errors import ConfigError, DataError
 PLAIN_ATTENTION = 600  # tokens; 384 pixels with patches of 16 are 577
 
 
+# What a backbone may be or have, in the words of refusals: "it needs a backbone with ...".
+CAPABILITIES = {
+    "dense": "a grid of features",
+    "masks": "places for masked patches",
+    "drops_tokens": "tokens that can be dropped (a plain vision transformer)",
+    "sequence": "one sequence of tokens through all blocks (a plain vision transformer)",
+    "attention": "attention (a transformer)",
+    "linear": "linear layers in its blocks",
+    "convolutions": "convolutions in its blocks",
+}
+PLAIN_VIT = frozenset({"dense", "masks", "drops_tokens", "sequence", "attention", "linear"})
+
+
+def describe_lacking(needs: frozenset[str], capabilities: frozenset[str]) -> str:
+    """What a method needs that a backbone has not, in words; empty if nothing is lacking."""
+    return " and ".join(words for name, words in CAPABILITIES.items() if name in needs - capabilities)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a tap gives: the channels of its feature map and pixels per step of it along each spatial dimension."""
+
+    width: int
+    stride: tuple[int, ...]
+
+
 @dataclass(frozen=True)
 class Spec:
     """What is known of a backbone.
@@ -30,15 +56,17 @@ class Spec:
         channels: Input channels of the encoder; grey and colour images are matched to it by `encode`.
         mean, std: Normalisation, per channel, of images in [0, 1].
         image_size: Spatial size of the input in pixels.
-        patch: Spatial size of a patch in pixels.
+        patch: Spatial size of a patch in pixels; of a pyramid, pixels per step of its last map.
         width: Channels of a token.
-        depth: Number of blocks.
+        depth: Number of blocks, of a pyramid number of stages: what can be tapped.
         prefix: Class and register tokens before the patch tokens.
         pooling: What the network was trained with: "mean" or "cls".
         objective: What it was pre-trained for: "pixels" (MAE), "features" (DINO), "supervised" or "unknown".
-        capabilities: Of "drops_tokens" (can encode some of the patches alone) and "dense" (has a grid of tokens).
+        capabilities: Of `CAPABILITIES`.
         source: Where the weights come from.
         sha256: Hash of the weights before any resampling of positions or patches.
+        pyramid: The stages of a pyramid; empty where all blocks have one width and one grid.
+        mask_width: Channels of the token that takes the place of masked patches.
     """
 
     name: str
@@ -58,6 +86,17 @@ class Spec:
     capabilities: frozenset[str]
     source: str
     sha256: str
+    pyramid: tuple[Stage, ...] = ()
+    mask_width: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.mask_width:
+            object.__setattr__(self, "mask_width", self.width)
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """What each tap gives."""
+        return self.pyramid or (Stage(self.width, self.patch),) * self.depth
 
     @property
     def grid(self) -> tuple[int, ...]:
@@ -71,12 +110,16 @@ class Layout:
 
     Attributes:
         blocks: Paths of the blocks, in order.
-        roles: Paths of modules by role: "embed.patch", "attention.qkv", "attention.projection", "mlp.in", "mlp.out",
-            "norm.attention", "norm.mlp", "norm.final".
+        roles: Paths of modules by role. In blocks: "attention.qkv", "attention.projection", "mlp.in", "mlp.out",
+            "norm.attention", "norm.mlp", of ConvNets "conv" (in one group, not dilated), "conv.depthwise" and
+            "norm.conv". Outside: "embed.patch", "norm.embed", "downsample" and "norm.downsample" between stages,
+            "norm.final".
+        widths: Channels that each block gives, where they are not all the same.
     """
 
     blocks: tuple[str, ...]
     roles: Mapping[str, tuple[str, ...]]
+    widths: tuple[int, ...] = ()
 
     def paths(self, *roles: str) -> tuple[str, ...]:
         """The paths of all modules with one of these roles."""
@@ -92,7 +135,7 @@ class Features:
         tokens: (B, P + N, D) after the final norm: P prefix tokens, then N patch tokens in the order of `keep`.
         prefix: P.
         grid: Patches along each spatial dimension of the whole image.
-        maps: One feature map (B, D, *grid) for each tap.
+        maps: One feature map for each tap, (B, D, *grid), of a pyramid of its stage's channels and grid.
         strides: Pixels per step of each map.
     """
 
@@ -186,8 +229,12 @@ class Backbone(nn.Module, ABC):
             images: (B, C, *spatial) in [0, 1]; C is 1, 3 or the encoder's own.
             keep: (B, K) indices of the visible patches; the others are dropped before the blocks.
             mask: (B, N) true where a patch is replaced by `mask_token`.
-            mask_token: (D,), zeros by default.
-            taps: Blocks whose output is wanted as a feature map, in the order of the blocks; needs all patches.
+            mask_token: (`spec.mask_width`,), zeros by default.
+            taps: Blocks, of a pyramid stages, whose output is wanted as a feature map, in their order; needs all
+                patches.
+
+        Raises:
+            ConfigError: There is no such tap, or patches cannot be dropped or masked.
         """
 
     def forward(self, images: Tensor) -> Features:
@@ -213,6 +260,11 @@ class Backbone(nn.Module, ABC):
         if tuple(images.shape[2:]) != expected:
             size, want = "x".join(map(str, images.shape[2:])), "x".join(map(str, expected))
             raise DataError(f"Images are {size} pixels; the backbone {self.spec.name} was loaded for {want}.")
+
+    def _check_taps(self, taps: Sequence[int]) -> None:
+        if not all(0 <= tap < self.spec.depth for tap in taps):
+            kind = "stages" if self.spec.pyramid else "blocks"
+            raise ConfigError(f"There are {kind} 0 to {self.spec.depth - 1}; maps were asked of {list(taps)}.")
 
     def _standardise(self, images: Tensor) -> Tensor:
         return (match_channels(images, self.spec.channels) - self.mean) / self.std

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from medtpp.backbones.base import Backbone, hash_state
 from medtpp.backbones.checkpoints import load_strict
-from medtpp.backbones.timm_vit import create_network, fit_to, objective_of, wrap_vit
+from medtpp.backbones.timm_names import create_network, objective_of
+from medtpp.backbones.timm_vit import fit_to, wrap_vit
 from medtpp.config import BACKBONES, BackboneOptions
 from medtpp.data.fingerprints import Fingerprints
 from medtpp.errors import WeightsError

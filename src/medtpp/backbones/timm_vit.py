@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import timm
 import torch
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from timm.layers import PatchEmbed
 from timm.models.eva import Eva
 from timm.models.eva import checkpoint_filter_fn as convert_eva
@@ -21,6 +19,7 @@ from timm.models.vision_transformer import checkpoint_filter_fn as convert_vit
 from torch import Tensor, nn
 
 from medtpp.backbones.base import (
+    PLAIN_VIT,
     Backbone,
     Features,
     Inflation,
@@ -32,9 +31,17 @@ from medtpp.backbones.base import (
 )
 from medtpp.backbones.checkpoints import load_strict, read_checkpoint, strip_prefix
 from medtpp.backbones.inflate import VolumeEmbed, add_positions, inflate, require_whole, sides
+from medtpp.backbones.timm_names import (
+    check_weights,
+    create_network,
+    model_module,
+    objective_of,
+    per_channel,
+    readable,
+    repository,
+)
 from medtpp.config import BACKBONES, BackboneOptions
-from medtpp.errors import ConfigError, WeightsError
-from medtpp.seeds import Seeds
+from medtpp.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
@@ -58,8 +65,7 @@ class TimmViT(Backbone):
         """See `Backbone.encode`."""
         if taps and keep is not None:
             raise ConfigError("Feature maps need all patches: taps and keep exclude each other.")
-        if not all(0 <= tap < self.spec.depth for tap in taps):
-            raise ConfigError(f"There are blocks 0 to {self.spec.depth - 1}; maps were asked of {list(taps)}.")
+        self._check_taps(taps)
         prefix, grid = self.spec.prefix, self.spec.grid
         x = self._embed(images, keep)  # (B, N, D), or (B, *grid, D) at dynamic image sizes
         if mask is not None:
@@ -109,6 +115,7 @@ class TimmViTFamily:
     """Builds `TimmViT` backbones by timm name, from the hub, or around a network that exists."""
 
     summary: ClassVar[str] = "plain vision transformers of timm: ViT, DeiT, DINOv2, DINOv3, EVA-02, any by name"
+    kinds: ClassVar[dict[str, frozenset[str]]] = {"ViT": PLAIN_VIT}
     examples: ClassVar[tuple[str, ...]] = (
         "vit_small_patch16_224.dino",
         "vit_base_patch16_224.mae",
@@ -121,7 +128,7 @@ class TimmViTFamily:
     @staticmethod
     def recognises(name: str) -> bool:
         """Whether the name is a timm model (`build` tells whether it fits), with or without `timm/`, or on the hub."""
-        return name.startswith(_HUB) or _module(name.removeprefix("timm/")) != ""
+        return name.startswith(_HUB) or model_module(name.removeprefix("timm/")) != ""
 
     @staticmethod
     def build(options: BackboneOptions, image_size: int | tuple[int, ...] | None) -> Backbone:
@@ -137,7 +144,7 @@ class TimmViTFamily:
         name = options.name.removeprefix("timm/")
         hub = name.startswith(_HUB)
         if not hub:
-            _check_name(name)
+            check_name(name)
         if hub and options.revision:
             name = f"{name}@{options.revision}"
         arguments: dict[str, Any] = {"num_classes": 0, "dynamic_img_size": False}
@@ -152,13 +159,13 @@ class TimmViTFamily:
                 state.pop("mask_token", None)
         elif hub:
             source = name
-            with _readable(name):
+            with readable(name):
                 state = strip_prefix(timm.models.load_state_dict_from_hf(name.partition(":")[2]))
         else:
             arguments["pretrained"] = True
             if options.revision:
                 source = f"{source}@{options.revision}"
-                arguments["pretrained_cfg_overlay"] = {"hf_hub_id": _repository(name, options.revision)}
+                arguments["pretrained_cfg_overlay"] = {"hf_hub_id": repository(name, options.revision)}
         encoder = _check_plain(create_network(name, arguments | _shape(state or {})), name)
         if state is not None:
             adapted = convert_eva(state, encoder) if isinstance(encoder, Eva) else convert_vit(state, encoder, True)
@@ -232,8 +239,8 @@ def wrap_vit(
         architecture=architecture,
         dims=len(patch),
         channels=channels,
-        mean=_per_channel(cfg.get("mean", (0.5,)), channels),
-        std=_per_channel(cfg.get("std", (0.5,)), channels),
+        mean=per_channel(cfg.get("mean", (0.5,)), channels),
+        std=per_channel(cfg.get("std", (0.5,)), channels),
         image_size=size,
         patch=patch,
         width=vit.embed_dim,
@@ -241,7 +248,7 @@ def wrap_vit(
         prefix=vit.num_prefix_tokens,
         pooling="mean" if objective == "pixels" or vit.cls_token is None or vit.global_pool == "avg" else "cls",
         objective=objective,
-        capabilities=frozenset({"drops_tokens", "dense"}),
+        capabilities=PLAIN_VIT,
         source=source,
         sha256=sha256,
     )
@@ -293,54 +300,14 @@ def resample(encoder: Any, image_size: int | tuple[int, ...] | None, patch_size:
         encoder.set_input_size(img_size=size, patch_size=patch if patch_size else None)
 
 
-def create_network(name: str, arguments: dict[str, Any]) -> nn.Module:
-    """`timm.create_model`, with errors that a user can read."""
-    with _readable(name), Seeds(0).scope("backbone", name):  # random weights are the same on every load
-        network: nn.Module = timm.create_model(name, **arguments)
-    return network
-
-
-@contextmanager
-def _readable(name: str) -> Iterator[None]:
-    """Turn the errors of timm and of the hub into ones that say what to do."""
-    local = "Without a network, give a local file: --set backbone.weights=FILE."
-    try:
-        yield
-    except GatedRepoError as error:
-        raise WeightsError(
-            f"{name} asks for a licence to be accepted: do so on its page at huggingface.co, then run `hf auth login`."
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise WeightsError(f"There is no hub repository {name}, or it is private (`hf auth login`).") from error
-    except OSError as error:
-        raise WeightsError(
-            f"The weights of {name} could not be downloaded ({type(error).__name__}). {local}"
-        ) from error
-    except KeyError as error:
-        raise ConfigError(f"{name} is no timm model: its config.json has no {error}.") from error
-    except (RuntimeError, ValueError, TypeError, AssertionError) as error:
-        raise ConfigError(f"timm cannot make {name}: {error}") from error
-
-
-def _module(name: str) -> str:
-    """The timm module that defines a model; empty for names that timm does not know, or knows as old ones."""
-    plain = name.split(".")[0]
-    module = timm.models.model_entrypoint(plain).__module__ if timm.is_model(plain) else ""
-    return "" if module == "timm.models._registry" else module
-
-
-def _check_name(name: str) -> None:
+def check_name(name: str) -> None:
     """Raise ConfigError for a timm model of another kind or an unknown tag, before anything is downloaded."""
-    if (module := _module(name)).startswith("timm.") and module not in _PLAIN:
+    if (module := model_module(name)).startswith("timm.") and module not in _PLAIN:
         raise ConfigError(
-            f"{name} is a timm model of another kind ({module.rpartition('.')[2]}), not a plain vision transformer. "
-            "See `medtpp list backbones`."
+            f"{name} is a timm model of another kind ({module.rpartition('.')[2]}), neither a plain "
+            "vision transformer nor a pyramid. See `medtpp list backbones`."
         )
-    try:
-        timm.models.get_pretrained_cfg(name)
-    except RuntimeError as error:
-        known = timm.list_pretrained(f"{name.split('.')[0]}.*")
-        raise ConfigError(f"timm has no weights {name}. It has: {', '.join(known)}.") from error
+    check_weights(name)
 
 
 def _check_plain(encoder: nn.Module, architecture: str) -> Any:
@@ -359,14 +326,6 @@ def _check_plain(encoder: nn.Module, architecture: str) -> Any:
     return vit
 
 
-def _repository(name: str, revision: str) -> str:
-    """The hub repository of a timm name at a revision."""
-    cfg = timm.models.get_pretrained_cfg(name)
-    if cfg is None or not cfg.hf_hub_id:
-        raise ConfigError(f"The weights of {name} are not on the hub, so there is no revision of them.")
-    return f"{cfg.hf_hub_id}@{revision}"
-
-
 def _shape(state: dict[str, Tensor]) -> dict[str, Any]:
     """What a state tells of the network it was trained in; other things come from the architecture's name."""
     patches, positions = state.get("patch_embed.proj.weight"), state.get("pos_embed")
@@ -381,19 +340,3 @@ def _shape(state: dict[str, Tensor]) -> dict[str, Any]:
             if side * side == positions.shape[1] - prefix and side > 1:
                 return shape | {"img_size": side * patches.shape[-1]}
     return shape
-
-
-def _per_channel(values: Sequence[float], channels: int) -> tuple[float, ...]:
-    if len(values) == channels:
-        return tuple(float(value) for value in values)
-    return (sum(values) / len(values),) * channels
-
-
-def objective_of(tag: str) -> str:
-    """What a network was pre-trained for, by its name and tag."""
-    tag = tag.lower()
-    if "mae" in tag:
-        return "pixels"
-    if any(word in tag for word in ("dino", "moco", "jepa")):
-        return "features"
-    return "supervised" if any(word in tag for word in ("in1k", "in21k", "in22k")) else "unknown"

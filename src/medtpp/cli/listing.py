@@ -66,7 +66,23 @@ def _list_matrix() -> None:
         reasons |= dict.fromkeys(reason for reason in found if reason)
         table.add_row(tuner, *("-" if reason else "yes" for reason in found))
     console.print(table)
-    console.print("\n-: " + "; ".join(reasons) + ". A sum goes with what all of its parts go with.", highlight=False)
+    console.print("\n-: " + "; ".join(reasons) + ". A sum goes with what all of its parts go with.\n", highlight=False)
+    _list_kinds()
+
+
+def _list_kinds() -> None:
+    """Tuners and pretext tasks by kinds of backbones, with what is lacking."""
+    from medtpp import backbones
+    from medtpp.config import PRETEXTS, TUNERS
+
+    kinds = backbones.kinds()
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 1, 0, 0))
+    for name in ("tuner or task", *kinds, "needs"):
+        table.add_column(name, justify="center" if name in kinds else "left")
+    for name, method in (*TUNERS.items(), *PRETEXTS.items()):
+        fits = ["yes" if method.needs <= capabilities else "-" for capabilities in kinds.values()]
+        table.add_row(name, *fits, backbones.describe_lacking(method.needs, frozenset({"dense", "masks"})))
+    console.print(table)
 
 
 def _brief(field: FieldInfo) -> str:

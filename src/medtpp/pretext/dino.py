@@ -54,7 +54,7 @@ class DINO(Pretext):
 
     Options: ClassVar[type[MethodOptions]] = DINOOptions
     summary: ClassVar[str] = "agree with an averaged teacher on classes of views and patches (arXiv 2111.07832)"
-    needs = frozenset({"dense"})
+    needs = frozenset({"dense", "masks"})
     couples_images = True
 
     def __init__(self, options: DINOOptions, spec: Spec, seeds: Seeds) -> None:
@@ -63,7 +63,7 @@ class DINO(Pretext):
         self.num_patches = math.prod(spec.grid)
         self.num_hidden = round(self.num_patches * options.mask_ratio)
         with seeds.scope("pretext", "dino"):
-            self.mask_token = nn.Parameter(torch.randn(spec.width) * 0.02) if self.num_hidden else None
+            self.mask_token = nn.Parameter(torch.randn(spec.mask_width) * 0.02) if self.num_hidden else None
             self.head = _Head(spec.width, options.prototypes)
         self.teacher = Teacher(options.momentum)
 

@@ -32,7 +32,7 @@ class SimMIM(Pretext):
 
     Options: ClassVar[type[MethodOptions]] = SimMIMOptions
     summary: ClassVar[str] = "predict the pixels of masked patches from features in their place (arXiv 2111.09886)"
-    needs = frozenset({"dense"})
+    needs = frozenset({"dense", "masks"})
 
     def __init__(self, options: SimMIMOptions, spec: Spec, seeds: Seeds) -> None:
         nn.Module.__init__(self)
@@ -41,7 +41,7 @@ class SimMIM(Pretext):
         self.num_patches = math.prod(spec.grid)
         self.num_hidden = min(self.num_patches - 1, max(1, round(self.num_patches * options.mask_ratio)))
         with seeds.scope("pretext", "simmim"):
-            self.mask_token = nn.Parameter(torch.randn(spec.width) * 0.02)
+            self.mask_token = nn.Parameter(torch.randn(spec.mask_width) * 0.02)
             self.predict = nn.Linear(spec.width, math.prod(spec.patch) * spec.channels)
 
     def loss(self, backbone: Backbone, images: Tensor, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:

@@ -15,12 +15,13 @@ from medtpp.seeds import Seeds
 
 
 class UNETR(nn.Module):
-    """The decoder of UNETR (Hatamizadeh et al., arXiv 2103.10504), for patches of any size.
+    """The decoder of UNETR (Hatamizadeh et al., arXiv 2103.10504), for patches of any size, and for pyramids.
 
     Level l of L has 2^l times `feature_size` channels at 2^-l of the resolution. The image enters at level 0, the last
     tokens at level L, and between them a tapped block at each level: blocks 4, 7 and 10 of 12 for patches of 16. An
     axis whose patches are shorter is doubled in the finest steps alone, which costs least. Patches that are no powers
-    of two are decoded as the nearest one, and resized to the image in the last step.
+    of two are decoded as the nearest one, and resized to the image in the last step. A pyramid's stages enter at the
+    levels that have their resolution, as in Swin UNETR (Hatamizadeh et al., arXiv 2201.01266).
 
     Unlike the paper's, tapped tokens are normalised as the last ones are, because the residual stream of a frozen
     network grows from block to block.
@@ -52,19 +53,24 @@ class UNETR(nn.Module):
         widths = [feature_size * 2**level for level in range(levels)]
         self.channels = spec.channels
         self.width = feature_size
-        self.level_taps = [spec.depth * level // levels for level in range(1, levels)]
-        self.taps = tuple(sorted(set(self.level_taps)))  # a shallow network has fewer blocks than levels
+        self.level_taps = _level_taps(spec, levels)
+        self.taps = tuple(sorted(set(self.level_taps.values())))  # a shallow network has fewer blocks than levels
         with seeds.scope("decoder"):
             self.image = UnetResBlock(spec.dims, spec.channels, feature_size, 3, 1, "instance") if image_skip else None
-            self.projections = nn.ModuleList(
-                nn.Sequential(
-                    _transposed(spec.width, widths[level], scales[-1]),
-                    *(_Up(widths[level], widths[level], scale) for scale in reversed(scales[level:-1])),
-                )
-                for level in range(1, levels)
+            self.projections = nn.ModuleDict(
+                {
+                    str(level): _lateral(spec, tap, widths[level])
+                    if spec.pyramid
+                    else nn.Sequential(
+                        _transposed(spec.width, widths[level], scales[-1]),
+                        *(_Up(widths[level], widths[level], scale) for scale in reversed(scales[level:-1])),
+                    )
+                    for level, tap in self.level_taps.items()
+                }
             )
+            entered = {*self.level_taps, *([0] if image_skip else [])}
             self.ups = nn.ModuleList(
-                _Up(below, width, scale, skip=width if level or image_skip else 0)
+                _Up(below, width, scale, skip=width if level in entered else 0)
                 for level, (below, width, scale) in enumerate(
                     zip([*widths[1:], spec.width], widths, scales, strict=True)
                 )
@@ -74,14 +80,28 @@ class UNETR(nn.Module):
         """(B, width, *spatial) of the images' size; the features hold the maps of `taps`."""
         images = features.images
         maps = dict(zip(self.taps, features.maps, strict=True))
-        skips: list[Tensor | None] = [None if self.image is None else self.image(match_channels(images, self.channels))]
-        for tap, projection in zip(self.level_taps, self.projections, strict=True):
-            skips.append(projection(_normalise(maps[tap])))
+        skips = {level: self.projections[str(level)](_normalise(maps[tap])) for level, tap in self.level_taps.items()}
+        if self.image is not None:
+            skips[0] = self.image(match_channels(images, self.channels))
         x = token_map(features)
-        for up, skip in zip(reversed(self.ups[1:]), reversed(skips[1:]), strict=True):
-            x = up(x, skip)
-        full: Tensor = self.ups[0](x, skips[0], images.shape[2:])
+        for level in reversed(range(1, len(self.ups))):
+            x = self.ups[level](x, skips.get(level))
+        full: Tensor = self.ups[0](x, skips.get(0), images.shape[2:])
         return full
+
+
+def _level_taps(spec: Spec, levels: int) -> dict[int, int]:
+    """The tap that enters at each level between the image and the last tokens; a pyramid may have none for some."""
+    if not spec.pyramid:
+        return {level: spec.depth * level // levels for level in range(1, levels)}
+    strides = {max(stage.stride): tap for tap, stage in enumerate(spec.pyramid)}
+    return {level: strides[2**level] for level in range(1, levels) if 2**level in strides}
+
+
+def _lateral(spec: Spec, tap: int, width: int) -> nn.Module:
+    """A convolution of single pixels on a stage's map."""
+    layer: nn.Module = (nn.Conv2d if spec.dims == 2 else nn.Conv3d)(spec.pyramid[tap].width, width, 1)
+    return layer
 
 
 class _Up(nn.Module):

@@ -133,13 +133,14 @@ class Segmentation(Task):
 class LightHead(nn.Module):
     """LayerNorm and a linear layer on the patch tokens, which gives logits for parts of each patch.
 
-    A patch is cut in 4 parts along each axis in two dimensions and in 2 in three, so that the head has a few thousand
-    parameters. Linear interpolation leads to the image's size.
+    A patch of up to 16 pixels is cut in 4 parts along each axis in two dimensions and in 2 in three, a larger one in as
+    many parts of 4 (8) pixels. Linear interpolation leads to the image's size.
     """
 
     def __init__(self, spec: Spec, outputs: int) -> None:
         super().__init__()
-        self.parts = 4 if spec.dims == 2 else 2
+        parts, size = (4, 4) if spec.dims == 2 else (2, 8)
+        self.parts = max(parts, max(spec.patch) // size)
         self.norm = nn.LayerNorm(spec.width)
         self.linear = nn.Linear(spec.width, outputs * self.parts**spec.dims)
         nn.init.normal_(self.linear.weight, std=0.02)

@@ -216,9 +216,12 @@ def make_pretext(options: MethodOptions, backbone: backbones.Backbone, seeds: Se
         ConfigError: The backbone lacks what the task needs.
     """
     pretext: Pretext = PRETEXTS.get(options.name)(options, backbone.spec, seeds)
-    lacking = pretext.needs - backbone.spec.capabilities
+    lacking = backbones.describe_lacking(pretext.needs, backbone.spec.capabilities)
     if lacking:
-        raise ConfigError(f"The pretext task {options.name} needs a backbone that {', '.join(sorted(lacking))}.")
+        raise ConfigError(
+            f"The pretext task {options.name} does not fit {backbone.spec.name}: it needs {lacking}. "
+            "`medtpp list matrix` shows what goes together; choose by --set pretext=NAME."
+        )
     return pretext, pretext.load_head(backbone.pretext_heads)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from medtpp.backbones import Backbone
+from medtpp.backbones import Backbone, describe_lacking
 from medtpp.config import TUNERS, MethodOptions
 from medtpp.errors import ConfigError
 from medtpp.seeds import Seeds
@@ -38,6 +38,9 @@ def attach(
         raise ConfigError("This backbone has a tuner already. Load it again to attach another one.")
     options = TUNERS.get(tuner).Options() if isinstance(tuner, str) else tuner
     method: Tuner[MethodOptions] = TUNERS.get(options.name)(options)
+    lacking = describe_lacking(method.needs, backbone.spec.capabilities)
+    if lacking:
+        raise ConfigError(f"The tuner {options.name} does not fit {backbone.spec.name}: it needs {lacking}.")
     if method.needs_images and images is None and not loading:
         raise ConfigError("This tuner's start is made from images: give some, attach(backbone, tuner, images=images).")
     tuned = method.attach(backbone, seed if isinstance(seed, Seeds) else Seeds(seed), images)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -37,20 +37,30 @@ class Bottleneck(nn.Module):
         return added
 
 
+def widths_of(backbone: Backbone, paths: Sequence[str]) -> list[int]:
+    """The channels that some blocks, or linear layers in them, give."""
+    layout = backbone.layout
+    of_blocks = dict(zip(layout.blocks, layout.widths or [backbone.spec.width] * len(layout.blocks), strict=True))
+    modules: dict[str, Any] = dict(backbone.encoder.named_modules())
+    return [of_blocks[path] if path in of_blocks else modules[path].out_features for path in paths]
+
+
 class BottleneckBackbone(SwitchedBackbone):
     """A backbone with bottlenecks, which subclasses hook to its modules.
 
     Args:
         source: The backbone.
-        make: Makes one bottleneck, with torch's global generator.
-        count: How many.
+        make: Makes a bottleneck for some channels, with torch's global generator.
+        widths: Channels for each.
         seeds: Decide the initialisation.
     """
 
-    def __init__(self, source: Backbone, make: Callable[[], Bottleneck], count: int, seeds: Seeds) -> None:
+    def __init__(
+        self, source: Backbone, make: Callable[[int], Bottleneck], widths: Sequence[int], seeds: Seeds
+    ) -> None:
         super().__init__(source)
         with seeds.scope("tuner"):
-            self.bottlenecks: Any = nn.ModuleList([make() for _ in range(count)])
+            self.bottlenecks: Any = nn.ModuleList([make(width) for width in widths])
         self._own(dict(self.bottlenecks.named_parameters()))
 
     def parts(self) -> Any:

@@ -20,13 +20,15 @@ from medtpp.errors import ConfigError
 from medtpp.seeds import Seeds
 from medtpp.tuners.base import TunedBackbone, Tuner, check_keys
 
-Role = Literal["attention.qkv", "attention.projection", "mlp.in", "mlp.out"]
+Role = Literal["attention.qkv", "attention.projection", "mlp.in", "mlp.out", "conv"]
 
 
 class PeftOptions(MethodOptions):
     """Options that all methods of peft have."""
 
-    roles: tuple[Role, ...] = Field(get_args(Role), min_length=1, description="which linear layers get an update")
+    roles: tuple[Role, ...] = Field(
+        get_args(Role), min_length=1, description="which layers get an update, of those that the backbone has"
+    )
 
 
 P = TypeVar("P", bound=PeftOptions)

@@ -108,6 +108,7 @@ class AdaLoRA(PeftTuner[AdaLoRAOptions]):
     Options: ClassVar[type[MethodOptions]] = AdaLoRAOptions
     summary: ClassVar[str] = "LoRA whose ranks go where they are worth most, through peft (arXiv 2303.10512)"
     learning_rate: ClassVar[float] = 3e-3
+    needs: ClassVar[frozenset[str]] = frozenset({"linear"})
 
     def configure(self, backbone: Backbone, targets: str, seeds: Seeds) -> PeftConfig:  # noqa: ARG002
         """See `PeftTuner.configure`. Peft's own schedule, which wants `total_step`, is not used."""

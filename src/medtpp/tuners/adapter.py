@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from medtpp.backbones import Backbone
 from medtpp.config import TUNERS, MethodOptions
 from medtpp.seeds import Seeds
-from medtpp.tuners._bottleneck import Bottleneck, BottleneckBackbone
+from medtpp.tuners._bottleneck import Bottleneck, BottleneckBackbone, widths_of
 from medtpp.tuners.base import TunedBackbone, Tuner, paths_of
 
 DEVIATION = 0.01  # of the first weights: so small that the backbone starts all but unchanged
@@ -43,8 +43,8 @@ class AdapterBackbone(BottleneckBackbone):
     def __init__(
         self, source: Backbone, paths: tuple[str, ...], bottleneck: int, activation: nn.Module, seeds: Seeds
     ) -> None:
-        width = source.spec.width
-        super().__init__(source, lambda: SequentialBottleneck(width, bottleneck, activation), len(paths), seeds)
+        widths = widths_of(source, paths)
+        super().__init__(source, lambda width: SequentialBottleneck(width, bottleneck, activation), widths, seeds)
         self.paths = paths
         for path, added in zip(paths, self.bottlenecks, strict=True):
             source.encoder.get_submodule(path).register_forward_hook(added.hook)
@@ -81,6 +81,7 @@ class Adapter(Tuner[AdapterOptions]):
     summary: ClassVar[str] = "bottlenecks after blocks or their parts (arXiv 1902.00751, arXiv 2005.00247)"
     learning_rate: ClassVar[float] = 1e-3
     merges: ClassVar[bool] = False
+    needs: ClassVar[frozenset[str]] = frozenset({"attention"})
 
     def attach(self, backbone: Backbone, seeds: Seeds, images: Tensor | None = None) -> TunedBackbone:  # noqa: ARG002
         """See `Tuner.attach`."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from medtpp.backbones import Backbone
 from medtpp.config import TUNERS, MethodOptions
 from medtpp.seeds import Seeds
-from medtpp.tuners._bottleneck import Bottleneck, BottleneckBackbone
+from medtpp.tuners._bottleneck import Bottleneck, BottleneckBackbone, widths_of
 from medtpp.tuners.base import TunedBackbone, Tuner, paths_of
 
 
@@ -38,16 +38,21 @@ class ParallelBottleneck(Bottleneck):
     def add(self, block: nn.Module, inputs: Any, output: Tensor) -> Tensor:  # noqa: ARG002  (torch's signature)
         """A forward hook of the block."""
         tokens, self.tokens = self.tokens, None
-        return output + self.scale * self(tokens) if self.enabled else output
+        if not self.enabled:
+            return output
+        # Swin's blocks have a grid, (B, H, W, D), around their sequence.
+        added: Tensor = self.scale * self(tokens)
+        return output + added.reshape(output.shape)
 
 
 class AdaptFormerBackbone(BottleneckBackbone):
     """A backbone with a bottleneck beside the MLP of each block."""
 
     def __init__(self, source: Backbone, bottleneck: int, scale: float, seeds: Seeds) -> None:
-        blocks, width = source.layout.blocks, source.spec.width
+        blocks = source.layout.blocks
         paths = paths_of(source, "norm.mlp", "mlp.in")
-        super().__init__(source, lambda: ParallelBottleneck(width, bottleneck, scale), len(blocks), seeds)
+        widths = widths_of(source, blocks)
+        super().__init__(source, lambda width: ParallelBottleneck(width, bottleneck, scale), widths, seeds)
         modules = dict(source.encoder.named_modules())
         for block, added in zip(blocks, self.bottlenecks, strict=True):
             modules[block].register_forward_pre_hook(added.begin)
@@ -81,6 +86,7 @@ class AdaptFormer(Tuner[AdaptFormerOptions]):
     summary: ClassVar[str] = "bottlenecks beside the MLPs (arXiv 2205.13535)"
     learning_rate: ClassVar[float] = 1e-3
     merges: ClassVar[bool] = False
+    needs: ClassVar[frozenset[str]] = frozenset({"attention"})
 
     def attach(self, backbone: Backbone, seeds: Seeds, images: Tensor | None = None) -> TunedBackbone:  # noqa: ARG002
         """See `Tuner.attach`."""

@@ -102,6 +102,7 @@ class APLA(Tuner[APLAOptions]):
     Options: ClassVar[type[MethodOptions]] = APLAOptions
     summary: ClassVar[str] = "a random part of the attention projections (arXiv 2503.11335)"
     learning_rate: ClassVar[float] = 1e-4
+    needs: ClassVar[frozenset[str]] = frozenset({"attention"})
     selects: ClassVar[bool] = True
 
     def attach(self, backbone: Backbone, seeds: Seeds, images: Tensor | None = None) -> TunedBackbone:  # noqa: ARG002

@@ -190,6 +190,7 @@ class Tuner(ABC, Generic[O]):
         learning_rate: Its default in both stages.
         merges: Whether `merged()` is exact (1e-5 in float32).
         has_targets: Whether there is anything for TPP to train.
+        needs: Capabilities that a backbone must have.
         needs_grid: Whether it needs all patches, so that none may be dropped.
         selects: Whether it trains weights that the backbone has, and adds none, so that TPP is continued pre-training.
     """
@@ -199,6 +200,7 @@ class Tuner(ABC, Generic[O]):
     learning_rate: ClassVar[float] = 1e-3
     merges: ClassVar[bool] = True
     has_targets: ClassVar[bool] = True
+    needs: ClassVar[frozenset[str]] = frozenset()
     needs_grid: ClassVar[bool] = False
     selects: ClassVar[bool] = False
 

@@ -109,6 +109,7 @@ class Convpass(Tuner[ConvpassOptions]):
     summary: ClassVar[str] = "convolutions over patches beside attention and MLP (arXiv 2207.07039)"
     learning_rate: ClassVar[float] = 1e-3
     merges: ClassVar[bool] = False
+    needs: ClassVar[frozenset[str]] = frozenset({"sequence"})
     needs_grid: ClassVar[bool] = True
 
     def attach(self, backbone: Backbone, seeds: Seeds, images: Tensor | None = None) -> TunedBackbone:  # noqa: ARG002

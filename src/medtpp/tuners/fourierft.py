@@ -35,6 +35,7 @@ class FourierFT(PeftTuner[FourierFTOptions]):
     Options: ClassVar[type[MethodOptions]] = FourierFTOptions
     summary: ClassVar[str] = "updates with few Fourier coefficients, through peft (arXiv 2405.03003)"
     learning_rate: ClassVar[float] = 1e-2
+    needs: ClassVar[frozenset[str]] = frozenset({"linear"})
 
     def configure(self, backbone: Backbone, targets: str, seeds: Seeds) -> PeftConfig:
         """See `PeftTuner.configure`."""

@@ -18,7 +18,7 @@ class IA3Options(PeftOptions):
 
     name: Literal["ia3"] = "ia3"
     roles: tuple[Role, ...] = Field(
-        ("attention.qkv", "mlp.out"), min_length=1, description="which linear layers are scaled"
+        ("attention.qkv", "mlp.out", "conv"), min_length=1, description="which layers are scaled"
     )
 
 
@@ -35,5 +35,6 @@ class IA3(PeftTuner[IA3Options]):
 
     def configure(self, backbone: Backbone, targets: str, seeds: Seeds) -> PeftConfig:  # noqa: ARG002
         """See `PeftTuner.configure`. Inputs are scaled in the MLP's second layer, outputs elsewhere."""
-        scaled_before = target_pattern(backbone, ("mlp.out",)) if "mlp.out" in self.options.roles else []
+        before = "mlp.out" in self.options.roles and backbone.layout.paths("mlp.out")
+        scaled_before = target_pattern(backbone, ("mlp.out",)) if before else []
         return IA3Config(target_modules=targets, feedforward_modules=scaled_before)

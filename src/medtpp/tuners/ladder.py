@@ -130,6 +130,7 @@ class LadderTuner(Tuner[LadderOptions]):
     summary: ClassVar[str] = "a small side network that reads all blocks (arXiv 2206.06522)"
     learning_rate: ClassVar[float] = 1e-3
     merges: ClassVar[bool] = False
+    needs: ClassVar[frozenset[str]] = frozenset({"sequence"})
 
     def attach(self, backbone: Backbone, seeds: Seeds, images: Tensor | None = None) -> TunedBackbone:  # noqa: ARG002
         """See `Tuner.attach`."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from medtpp.backbones import Backbone
 from medtpp.config import TUNERS, MethodOptions
+from medtpp.errors import ConfigError
 from medtpp.seeds import Seeds
 from medtpp.tuners._peft import PeftBackbone, PeftOptions, PeftTuner
 from medtpp.tuners._starts import Start, StartedLoRA, start_from_images
@@ -66,6 +67,11 @@ class LoRA(PeftTuner[PlainLoRAOptions]):
 
     def attach(self, backbone: Backbone, seeds: Seeds, images: Tensor | None = None) -> TunedBackbone:
         """See `Tuner.attach`."""
+        if self.own_start and "conv" in self.options.roles and backbone.layout.paths("conv"):
+            raise ConfigError(
+                f"tuner.start={self.own_start} is for linear layers, and {backbone.spec.name} has convolutions in "
+                "the role conv. Use --set tuner.start=standard."
+            )
         config = self.configure(backbone, self.pattern(backbone), seeds)
         if self.own_start in ("pissa", "olora"):
             return StartedLoRA(backbone, config, self.own_start, seeds)

@@ -27,6 +27,7 @@ class MiSS(PeftTuner[MiSSOptions]):
     Options: ClassVar[type[MethodOptions]] = MiSSOptions
     summary: ClassVar[str] = "one small matrix shared by shards of inputs, through peft (arXiv 2409.15371)"
     learning_rate: ClassVar[float] = 3e-4
+    needs: ClassVar[frozenset[str]] = frozenset({"linear"})
 
     def configure(self, backbone: Backbone, targets: str, seeds: Seeds) -> PeftConfig:  # noqa: ARG002
         """See `PeftTuner.configure`."""

@@ -29,6 +29,7 @@ class OFT(PeftTuner[OFTOptions]):
     Options: ClassVar[type[MethodOptions]] = OFTOptions
     summary: ClassVar[str] = "rotations of linear layers' inputs, through peft (arXiv 2306.07280)"
     learning_rate: ClassVar[float] = 1e-3
+    needs: ClassVar[frozenset[str]] = frozenset({"attention"})  # peft takes the maps of a ConvNet for images
 
     def configure(self, backbone: Backbone, targets: str, seeds: Seeds) -> PeftConfig:  # noqa: ARG002
         """See `PeftTuner.configure`. The transform is exact: its series would leave R not quite orthogonal."""
@@ -75,6 +76,7 @@ class BOFT(PeftTuner[BOFTOptions]):
     Options: ClassVar[type[MethodOptions]] = BOFTOptions
     summary: ClassVar[str] = "rotations by butterfly factors, through peft (arXiv 2311.06243)"
     learning_rate: ClassVar[float] = 1e-3
+    needs: ClassVar[frozenset[str]] = frozenset({"linear"})
 
     def configure(self, backbone: Backbone, targets: str, seeds: Seeds) -> PeftConfig:  # noqa: ARG002
         """See `PeftTuner.configure`."""
@@ -101,6 +103,7 @@ class HRA(PeftTuner[HRAOptions]):
     Options: ClassVar[type[MethodOptions]] = HRAOptions
     summary: ClassVar[str] = "Householder reflections of linear layers' inputs, through peft (arXiv 2405.17484)"
     learning_rate: ClassVar[float] = 1e-3
+    needs: ClassVar[frozenset[str]] = frozenset({"linear"})
 
     def configure(self, backbone: Backbone, targets: str, seeds: Seeds) -> PeftConfig:  # noqa: ARG002
         """See `PeftTuner.configure`."""

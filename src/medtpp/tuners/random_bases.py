@@ -27,6 +27,7 @@ class VeRA(PeftTuner[VeRAOptions]):
     Options: ClassVar[type[MethodOptions]] = VeRAOptions
     summary: ClassVar[str] = "scales of shared random low-rank updates, through peft (arXiv 2310.11454)"
     learning_rate: ClassVar[float] = 1e-2
+    needs: ClassVar[frozenset[str]] = frozenset({"linear"})
 
     def configure(self, backbone: Backbone, targets: str, seeds: Seeds) -> PeftConfig:  # noqa: ARG002
         """See `PeftTuner.configure`. The random matrices are saved: another version of torch may draw others."""
@@ -54,6 +55,7 @@ class RandLoRA(PeftTuner[RandLoRAOptions]):
     Options: ClassVar[type[MethodOptions]] = RandLoRAOptions
     summary: ClassVar[str] = "full-rank updates combined from random matrices, through peft (arXiv 2502.00987)"
     learning_rate: ClassVar[float] = 1e-3
+    needs: ClassVar[frozenset[str]] = frozenset({"linear"})
 
     def configure(self, backbone: Backbone, targets: str, seeds: Seeds) -> PeftConfig:  # noqa: ARG002
         """See `PeftTuner.configure`. The random matrices are saved: another version of torch may draw others."""

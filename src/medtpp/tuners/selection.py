@@ -15,7 +15,7 @@ from medtpp.seeds import Seeds
 from medtpp.tuners._selected import SelectedBackbone
 from medtpp.tuners.base import TunedBackbone, Tuner
 
-NORMS = (nn.LayerNorm, nn.RMSNorm, RmsNorm, RmsNormFp32)
+NORMS = (nn.LayerNorm, nn.RMSNorm, RmsNorm, RmsNormFp32, nn.GroupNorm, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 class BitFitOptions(MethodOptions):
@@ -49,7 +49,7 @@ class LNTuningOptions(MethodOptions):
 
 @TUNERS.register("ln_tuning")
 class LNTuning(Tuner[LNTuningOptions]):
-    """Weights and biases of all layer norms and RMS norms, those inside attention and MLP too (Qi et al.)."""
+    """Weights and biases of all norms, those inside attention and MLP too (Qi et al.); statistics stay as they are."""
 
     Options: ClassVar[type[MethodOptions]] = LNTuningOptions
     summary: ClassVar[str] = "the backbone's norms (arXiv 2211.08682)"

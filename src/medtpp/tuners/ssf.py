@@ -6,6 +6,7 @@ import copy
 from typing import Any, ClassVar, Literal
 
 import torch
+from timm.layers import LayerNorm2d, RmsNorm, RmsNormFp32
 from torch import Tensor, nn
 
 from medtpp.backbones import Backbone
@@ -16,14 +17,21 @@ from medtpp.tuners.base import TunedBackbone, Tuner
 
 ROLES = (
     "embed.patch",
+    "norm.embed",
+    "conv",
+    "conv.depthwise",
+    "norm.conv",
     "norm.attention",
     "attention.qkv",
     "attention.projection",
     "norm.mlp",
     "mlp.in",
     "mlp.out",
+    "downsample",
+    "norm.downsample",
     "norm.final",
 )
+LAST = (nn.Linear, nn.LayerNorm, nn.RMSNorm, RmsNorm, RmsNormFp32)  # whose output has its channels last
 
 
 class ScaleShift(nn.Module):
@@ -67,8 +75,8 @@ class SSFBackbone(SwitchedBackbone):
         scales = []
         for path in self.paths:
             module = modules[path]
-            width, channel_dim = module.weight.shape[0], 1 if path in source.layout.paths("embed.patch") else -1
-            scale = ScaleShift(width, channel_dim, seeds.generator("tuner", path))
+            last = isinstance(module, LAST) and not isinstance(module, LayerNorm2d)
+            scale = ScaleShift(module.weight.shape[0], -1 if last else 1, seeds.generator("tuner", path))
             scales.append(scale)
             module.register_forward_hook(scale.hook)
         self.scales: Any = nn.ModuleList(scales)

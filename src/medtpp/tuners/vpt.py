@@ -110,6 +110,7 @@ class VPTDeep(Tuner[VPTDeepOptions]):
     summary: ClassVar[str] = "learned prompt tokens in every block (arXiv 2203.12119)"
     learning_rate: ClassVar[float] = 5e-3
     merges: ClassVar[bool] = False
+    needs: ClassVar[frozenset[str]] = frozenset({"sequence"})
 
     def attach(self, backbone: Backbone, seeds: Seeds, images: Tensor | None = None) -> TunedBackbone:  # noqa: ARG002
         """See `Tuner.attach`."""
@@ -131,6 +132,7 @@ class VPTShallow(Tuner[VPTShallowOptions]):
     summary: ClassVar[str] = "learned prompt tokens in the first block (arXiv 2203.12119)"
     learning_rate: ClassVar[float] = 5e-3
     merges: ClassVar[bool] = False
+    needs: ClassVar[frozenset[str]] = frozenset({"sequence"})
 
     def attach(self, backbone: Backbone, seeds: Seeds, images: Tensor | None = None) -> TunedBackbone:  # noqa: ARG002
         """See `Tuner.attach`."""

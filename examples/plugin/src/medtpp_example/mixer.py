@@ -105,7 +105,7 @@ class MixerFamily:
             prefix=0,
             pooling="mean",
             objective="supervised" if source == "pretrained" else "unknown",
-            capabilities=frozenset({"dense"}),
+            capabilities=frozenset({"dense", "masks", "linear"}),
             source=source,
             sha256=hash_state(network.state_dict()),
         )

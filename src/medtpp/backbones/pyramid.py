@@ -1,0 +1,125 @@
+"""Hierarchical networks: a stem, then stages of falling resolution, each of which gives a feature map."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from medtpp.backbones.base import Backbone, Features, Layout, Spec
+from medtpp.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """Which modules of a network run one after the other; each step names some by their paths.
+
+    Attributes:
+        stem: From the image to what the first stage gets.
+        stages: Of each stage.
+        final: After the last stage.
+        channels_last: Whether maps are (B, *grid, C) inside.
+        cuts_patches: Whether the stem cuts the image into patches that do not overlap, so that masked ones are replaced
+            after it. Otherwise they are replaced in the image.
+    """
+
+    stem: tuple[str, ...]
+    stages: tuple[tuple[str, ...], ...]
+    final: tuple[str, ...] = ()
+    channels_last: bool = False
+    cuts_patches: bool = False
+
+
+class Pyramid(Backbone):
+    """A hierarchical network whose last map is its tokens.
+
+    Args:
+        encoder: The bare network.
+        spec: What it is; `spec.pyramid` has its stages.
+        layout: Where its parts are.
+        anatomy: How it runs.
+    """
+
+    def __init__(self, encoder: nn.Module, spec: Spec, layout: Layout, anatomy: Anatomy) -> None:
+        super().__init__(encoder, spec, layout)
+        self.anatomy = anatomy
+
+    def encode(
+        self,
+        images: Tensor,
+        keep: Tensor | None = None,
+        mask: Tensor | None = None,
+        mask_token: Tensor | None = None,
+        taps: Sequence[int] = (),
+    ) -> Features:
+        """See `Backbone.encode`."""
+        if keep is not None:
+            raise ConfigError(
+                f"{self.spec.name} cannot drop patches, since its layers look at neighbours. Mask them instead: use a "
+                "pretext task such as simmim."
+            )
+        self._check_taps(taps)
+        anatomy = self.anatomy
+        x = self.normalise(images)
+        if mask is not None and not anatomy.cuts_patches:
+            x = self._replace(x, mask, mask_token)
+        x = self._run(x, anatomy.stem)
+        if mask is not None and anatomy.cuts_patches:
+            x = self._last(self._replace(self._first(x), mask, mask_token))
+        maps = []
+        for index, paths in enumerate(anatomy.stages):
+            x = self._run(x, paths)
+            if index in taps:
+                maps.append(self._first(x))
+        tokens = self._first(self._run(x, anatomy.final)).flatten(2).transpose(1, 2)  # (B, N, D)
+        strides = tuple(self.spec.stages[tap].stride for tap in sorted(taps))
+        return Features(images, tokens, 0, self.spec.grid, tuple(maps), strides)
+
+    def _run(self, x: Tensor, paths: Sequence[str]) -> Tensor:
+        for path in paths:
+            x = self.encoder.get_submodule(path)(x)
+        return x
+
+    def _first(self, x: Tensor) -> Tensor:
+        """Channels first, (B, C, *grid)."""
+        return x.movedim(-1, 1) if self.anatomy.channels_last else x
+
+    def _last(self, x: Tensor) -> Tensor:
+        """As the network has them, from (B, C, *grid)."""
+        return x.movedim(1, -1) if self.anatomy.channels_last else x
+
+    def _replace(self, x: Tensor, mask: Tensor, token: Tensor | None) -> Tensor:
+        """Put the token, zeros by default, in the place of masked patches (B, N) of (B, C, *sides)."""
+        hidden = mask.reshape(len(mask), 1, *self.spec.grid)
+        for axis, (side, patches) in enumerate(zip(x.shape[2:], self.spec.grid, strict=True), start=2):
+            hidden = hidden.repeat_interleave(side // patches, dim=axis)
+        filled = x.new_zeros(x.shape[1]) if token is None else token.to(x.dtype)
+        return torch.where(hidden, filled.view(-1, *[1] * self.spec.dims), x)
+
+
+def existing(encoder: nn.Module, paths: Sequence[str]) -> tuple[str, ...]:
+    """The paths under which the encoder has a module that does something."""
+    modules: dict[str, Any] = dict(encoder.named_modules())
+    return tuple(path for path in paths if not isinstance(modules.get(path), nn.Identity | None))
+
+
+def bare(encoder: nn.Module, path: str) -> Any:
+    """The module at a path, also where peft has wrapped it in a network of one's own."""
+    module: Any = encoder.get_submodule(path)
+    return getattr(module, "base_layer", module)
+
+
+def capabilities_of(encoder: nn.Module, layout: Layout) -> frozenset[str]:
+    """What a pyramid has, read off its layout."""
+    found = {"dense", "masks"}
+    if layout.paths("attention.qkv"):
+        found.add("attention")
+    elif layout.paths("conv", "conv.depthwise"):
+        found.add("convolutions")
+    inner = layout.paths("attention.qkv", "attention.projection", "mlp.in", "mlp.out")
+    if any(isinstance(bare(encoder, path), nn.Linear) for path in inner):
+        found.add("linear")
+    return frozenset(found)
