@@ -25,8 +25,8 @@ CAPABILITIES = {
     "drops_tokens": "tokens that can be dropped (a plain vision transformer)",
     "sequence": "one sequence of tokens through all blocks (a plain vision transformer)",
     "attention": "attention (a transformer)",
-    "linear": "linear layers in its blocks",
-    "convolutions": "convolutions in its blocks",
+    "linear": "linear layers in the blocks",
+    "convolutions": "convolutions in the blocks",
 }
 PLAIN_VIT = frozenset({"dense", "masks", "drops_tokens", "sequence", "attention", "linear"})
 
