@@ -6,13 +6,11 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import timm
 import torch
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from timm.layers import PatchEmbed
 from timm.models.eva import Eva
 from timm.models.eva import checkpoint_filter_fn as convert_eva
@@ -28,12 +26,13 @@ from medtpp.backbones.base import (
     Spec,
     gather_tokens,
     hash_state,
+    per_channel,
     training_attention,
 )
-from medtpp.backbones.checkpoints import load_strict, read_checkpoint, strip_prefix
+from medtpp.backbones.checkpoints import hub_errors, load_strict, read_checkpoint, strip_prefix
 from medtpp.backbones.inflate import VolumeEmbed, add_positions, inflate, require_whole, sides
 from medtpp.config import BACKBONES, BackboneOptions
-from medtpp.errors import ConfigError, WeightsError
+from medtpp.errors import ConfigError
 from medtpp.seeds import Seeds
 
 log = logging.getLogger(__name__)
@@ -56,10 +55,7 @@ class TimmViT(Backbone):
         taps: Sequence[int] = (),
     ) -> Features:
         """See `Backbone.encode`."""
-        if taps and keep is not None:
-            raise ConfigError("Feature maps need all patches: taps and keep exclude each other.")
-        if not all(0 <= tap < self.spec.depth for tap in taps):
-            raise ConfigError(f"There are blocks 0 to {self.spec.depth - 1}; maps were asked of {list(taps)}.")
+        self.check_taps(keep, taps)
         prefix, grid = self.spec.prefix, self.spec.grid
         x = self._embed(images, keep)  # (B, N, D), or (B, *grid, D) at dynamic image sizes
         if mask is not None:
@@ -153,7 +149,7 @@ class TimmViTFamily:
         elif hub:
             source = name
             with _readable(name):
-                state = strip_prefix(timm.models.load_state_dict_from_hf(name.partition(":")[2]))
+                state = strip_prefix(timm.models.load_state_dict_from_hf(name.partition(":")[2], weights_only=True))
         else:
             arguments["pretrained"] = True
             if options.revision:
@@ -161,8 +157,7 @@ class TimmViTFamily:
                 arguments["pretrained_cfg_overlay"] = {"hf_hub_id": _repository(name, options.revision)}
         encoder = _check_plain(create_network(name, arguments | _shape(state or {})), name)
         if state is not None:
-            adapted = convert_eva(state, encoder) if isinstance(encoder, Eva) else convert_vit(state, encoder, True)
-            log.info("%s: %s", source, load_strict(encoder, adapted, source))
+            fill(encoder, state, source)
         if options.weights == "pretrained":
             objective = objective_of(f"{name}.{encoder.pretrained_cfg.get('tag')}")
         elif state is not None and not hub and "." not in name:
@@ -178,7 +173,18 @@ class TimmViTFamily:
 
     @staticmethod
     def around(network: nn.Module, image_size: tuple[int, ...]) -> Backbone | None:
-        """A backbone around an existing timm ViT that takes normalised images; None for another network."""
+        """A backbone around an existing timm ViT that takes normalised images; None for another network.
+
+        Raises:
+            ConfigError: The image size does not fit, or it is a tower of open_clip's own.
+        """
+        if type(network).__module__ == "open_clip.transformer" and type(network).__name__ == "VisionTransformer":
+            raise ConfigError(
+                "open_clip's own vision transformer has its attention inside torch, where tuners find no layers. Load "
+                "its weights into timm's: torch.save(model.state_dict(), FILE), then medtpp.load(NAME, weights=FILE) "
+                "with a name such as vit_base_patch16_clip_224.laion2b (of OpenAI, vit_base_patch16_clip_quickgelu_224"
+                ".openai). Towers that open_clip takes from timm are used as they are."
+            )
         if not isinstance(network, VisionTransformer | Eva):
             return None
         name = type(network).__name__
@@ -186,11 +192,18 @@ class TimmViTFamily:
         backbone = wrap_vit(network, name, name, "in memory", "", image_size=size)
         if any(side % patch for side, patch in zip(backbone.spec.image_size, backbone.spec.patch, strict=True)):
             raise ConfigError(f"Images of {image_size} pixels are not made of whole patches of {backbone.spec.patch}.")
-        channels = backbone.spec.channels
-        backbone.spec = replace(backbone.spec, mean=(0.0,) * channels, std=(1.0,) * channels)
-        backbone.mean.zero_()
-        backbone.std.fill_(1.0)
+        backbone.take_normalised()
         return backbone
+
+
+def fill(encoder: Any, state: dict[str, Tensor], source: str) -> None:
+    """Put a state, of timm or of a code that timm can convert, into a network; each weight must find its place.
+
+    Raises:
+        WeightsError: One does not.
+    """
+    adapted = convert_eva(state, encoder) if isinstance(encoder, Eva) else convert_vit(state, encoder, True)
+    log.info("%s: %s", source, load_strict(encoder, adapted, source))
 
 
 def drop_unused(encoder: Any) -> None:
@@ -232,8 +245,8 @@ def wrap_vit(
         architecture=architecture,
         dims=len(patch),
         channels=channels,
-        mean=_per_channel(cfg.get("mean", (0.5,)), channels),
-        std=_per_channel(cfg.get("std", (0.5,)), channels),
+        mean=per_channel(cfg.get("mean", (0.5,)), channels),
+        std=per_channel(cfg.get("std", (0.5,)), channels),
         image_size=size,
         patch=patch,
         width=vit.embed_dim,
@@ -303,19 +316,9 @@ def create_network(name: str, arguments: dict[str, Any]) -> nn.Module:
 @contextmanager
 def _readable(name: str) -> Iterator[None]:
     """Turn the errors of timm and of the hub into ones that say what to do."""
-    local = "Without a network, give a local file: --set backbone.weights=FILE."
     try:
-        yield
-    except GatedRepoError as error:
-        raise WeightsError(
-            f"{name} asks for a licence to be accepted: do so on its page at huggingface.co, then run `hf auth login`."
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise WeightsError(f"There is no hub repository {name}, or it is private (`hf auth login`).") from error
-    except OSError as error:
-        raise WeightsError(
-            f"The weights of {name} could not be downloaded ({type(error).__name__}). {local}"
-        ) from error
+        with hub_errors(name, "give a local file: --set backbone.weights=FILE."):
+            yield
     except KeyError as error:
         raise ConfigError(f"{name} is no timm model: its config.json has no {error}.") from error
     except (RuntimeError, ValueError, TypeError, AssertionError) as error:
@@ -381,12 +384,6 @@ def _shape(state: dict[str, Tensor]) -> dict[str, Any]:
             if side * side == positions.shape[1] - prefix and side > 1:
                 return shape | {"img_size": side * patches.shape[-1]}
     return shape
-
-
-def _per_channel(values: Sequence[float], channels: int) -> tuple[float, ...]:
-    if len(values) == channels:
-        return tuple(float(value) for value in values)
-    return (sum(values) / len(values),) * channels
 
 
 def objective_of(tag: str) -> str:
