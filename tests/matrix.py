@@ -1,20 +1,25 @@
 """What combinations there are: every tuner x every pretext task x every kind of backbone.
 
 Tuners and pretext tasks come from the registries, so that a new one runs through the contract without an edit here. The
-backbones are the smallest networks that have each kind's peculiarities; timm knows them by name, so that they load from
-a folder like any other, and `peft` finds them too. `make test` runs a cover of pairs, `make slow` the rest.
+backbones are the smallest networks that have each kind's peculiarities. Those of timm are known to it by name, so that
+they load from a folder like any other, and `peft` finds them too; those of transformers load from folders as its
+`save_pretrained` writes them. `make test` runs a cover of pairs, `make slow` the rest.
 """
 
+import json
 from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
+import timm
 import torch
+from safetensors.torch import load_file
 from timm.models import register_model
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
+from transformers import AutoModel, Dinov2WithRegistersConfig, Dinov2WithRegistersModel, ViTConfig, ViTModel
 
 from medtpp import backbones, tuners
 from medtpp.adapter import AdapterCard, BackboneCard
@@ -49,6 +54,17 @@ _KINDS = {
     ),
 }  # fmt: skip
 
+_HF = {"image_size": SIZE, "patch_size": PATCH, "hidden_size": WIDTH, "num_hidden_layers": DEPTH,
+       "num_attention_heads": 2, "hidden_dropout_prob": 0.2, "attention_probs_dropout_prob": 0.2}  # fmt: skip
+_TRANSFORMERS = {
+    # Queries, keys and values apart; blocks that are called with keywords.
+    "transformers_vit": lambda: ViTModel(ViTConfig(intermediate_size=4 * WIDTH, **_HF)),
+    # Registers, LayerScale and a gated MLP.
+    "transformers_dinov2": lambda: Dinov2WithRegistersModel(
+        Dinov2WithRegistersConfig(use_swiglu_ffn=True, drop_path_rate=0.3, layerscale_value=0.3, **_HF)
+    ),
+}
+
 
 def _entry(name, kind):
     def build(pretrained=False, pretrained_cfg=None, pretrained_cfg_overlay=None, cache_dir=None, **kwargs):
@@ -66,7 +82,8 @@ for _name, _kind in _KINDS.items():
 # `full` moves every weight, and RandLoRA scales its update up: small departures when perturbed.
 PERTURBATION = {"full": 0.01, "randlora": 0.005}
 _FOLDERS = TemporaryDirectory(prefix="medtpp-matrix-")  # goes when the process ends
-VARIANTS = tuple(_KINDS)
+TIMM = tuple(_KINDS)
+VARIANTS = (*TIMM, *_TRANSFORMERS)
 TUNED = [(tuner, variant) for tuner in TUNERS.names() for variant in VARIANTS]
 WITH_TARGETS = [(tuner, variant) for tuner, variant in TUNED if TUNERS.get(tuner).has_targets]
 PRETRAINED = [(pretext, *pair) for pretext in PRETEXTS.names() for pair in WITH_TARGETS]
@@ -92,21 +109,46 @@ def params(cells: list[tuple[str, ...]]) -> list:
 
 @cache
 def backbone_folder(variant: str) -> Path:
-    """A backbone folder with weights none of which is zero or one, so that every one of them matters."""
+    """A folder with weights none of which is zero or one, so that every one of them matters."""
     with Seeds(0).scope("matrix", variant):
-        network = _KINDS[variant](img_size=SIZE, num_classes=0)
+        network = _KINDS[variant](img_size=SIZE, num_classes=0) if variant in TIMM else _TRANSFORMERS[variant]()
         with torch.no_grad():
             for parameter in network.parameters():
                 parameter.add_(torch.randn_like(parameter) * 0.05)
     folder = Path(_FOLDERS.name) / variant
+    if variant in _TRANSFORMERS:
+        network.save_pretrained(folder)
+        processor = {"image_mean": [0.5] * 3, "image_std": [0.25] * 3}
+        (folder / "preprocessor_config.json").write_text(json.dumps(processor), encoding="utf-8")
+        return folder
     card = {"architecture": variant, "image_size": SIZE, "channels": 3, "mean": [0.5] * 3, "std": [0.25] * 3}
     save_backbone(folder, network.state_dict(), {}, {**card, "objective": "unknown"}, Fingerprints())
     return folder
 
 
+def name_of(variant: str) -> str:
+    """What the backbone is loaded by."""
+    return f"transformers:{backbone_folder(variant)}" if variant in _TRANSFORMERS else str(backbone_folder(variant))
+
+
 def load(variant: str) -> backbones.Backbone:
     """A new backbone of this kind; the same bits each time."""
-    return backbones.load(str(backbone_folder(variant)), image_size=SIZE)
+    return backbones.load(name_of(variant), image_size=SIZE)
+
+
+def plain_network(variant: str) -> nn.Module:
+    """The network as its own library loads it; `plain_tokens` are what it gives."""
+    if variant in _TRANSFORMERS:
+        return AutoModel.from_pretrained(backbone_folder(variant))
+    network = timm.create_model(variant, img_size=SIZE)
+    network.load_state_dict(load_file(backbone_folder(variant) / "model.safetensors"))
+    return network
+
+
+def plain_tokens(network: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """What a network of `plain_network`, or `peft` inside it, makes of images in [0, 1]."""
+    images = (images - 0.5) / 0.25
+    return network.forward_features(images) if hasattr(network, "forward_features") else network(images)[0]
 
 
 def attach(tuner: str, variant: str, seed: int = 0) -> tuners.TunedBackbone:
@@ -124,7 +166,7 @@ def make_pretext(name: str, backbone: backbones.Backbone):
 
 def card_of(tuner: str, variant: str, **fields) -> AdapterCard:
     """An adapter's card, as the stages write it."""
-    options = BackboneOptions(name=str(backbone_folder(variant)))
+    options = BackboneOptions(name=name_of(variant))
     sha256 = load(variant).spec.sha256
     return AdapterCard(
         backbone=BackboneCard(options=options, architecture=variant, image_size=SIZE, sha256=sha256),
