@@ -16,6 +16,7 @@ from medtpp.backbones.base import (
     gather_tokens,
     hash_state,
     match_channels,
+    other_dims,
     training_attention,
 )
 from medtpp.config import BACKBONES, BackboneOptions
@@ -66,10 +67,7 @@ def load(
         if family.recognises(options.name):
             backbone: Backbone = family.build(options, image_size)
             if backbone.spec.dims != options.dims:
-                raise ConfigError(
-                    f"{options.name} encodes {backbone.spec.dims}D images alone, and backbone.dims is {options.dims}. "
-                    "medtpp_vit_tiny, folders of `medtpp pretrain` and timm's vision transformers encode volumes."
-                )
+                raise other_dims(options.name, backbone.spec.dims, int(options.dims))
             backbone.options = options
             return backbone
     examples = [example for family in BACKBONES.values() for example in family.examples]

@@ -6,7 +6,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -255,16 +255,30 @@ class Backbone(nn.Module, ABC):
         self._check_size(images)
         return self._standardise(images)
 
+    def check_taps(self, keep: Tensor | None, taps: Sequence[int]) -> None:
+        """What `encode` asks of its arguments.
+
+        Raises:
+            ConfigError: Maps are wanted of some patches alone, or of blocks that do not exist.
+        """
+        if taps and keep is not None:
+            raise ConfigError("Feature maps need all patches: taps and keep exclude each other.")
+        if not all(0 <= tap < self.spec.depth for tap in taps):
+            kind = "stages" if self.spec.pyramid else "blocks"
+            raise ConfigError(f"There are {kind} 0 to {self.spec.depth - 1}; maps were asked of {list(taps)}.")
+
+    def take_normalised(self) -> None:
+        """From now on, images come as the network takes them: `encode` no longer normalises."""
+        channels = self.spec.channels
+        self.spec = replace(self.spec, mean=(0.0,) * channels, std=(1.0,) * channels)
+        self.mean.zero_()
+        self.std.fill_(1.0)
+
     def _check_size(self, images: Tensor) -> None:
         expected = self.spec.image_size
         if tuple(images.shape[2:]) != expected:
             size, want = "x".join(map(str, images.shape[2:])), "x".join(map(str, expected))
             raise DataError(f"Images are {size} pixels; the backbone {self.spec.name} was loaded for {want}.")
-
-    def _check_taps(self, taps: Sequence[int]) -> None:
-        if not all(0 <= tap < self.spec.depth for tap in taps):
-            kind = "stages" if self.spec.pyramid else "blocks"
-            raise ConfigError(f"There are {kind} 0 to {self.spec.depth - 1}; maps were asked of {list(taps)}.")
 
     def _standardise(self, images: Tensor) -> Tensor:
         return (match_channels(images, self.spec.channels) - self.mean) / self.std
@@ -289,6 +303,21 @@ class Backbone(nn.Module, ABC):
     def source_hash(self) -> str:
         """The sha256 of `source_state()`: names, shapes, types and bits."""
         return hash_state(self.source_state())
+
+
+def other_dims(name: str, own: int, wanted: int) -> ConfigError:
+    """The error for a backbone that is asked to encode images of a number of dimensions that it cannot."""
+    return ConfigError(
+        f"{name} encodes {own}D images alone, and backbone.dims is {wanted}. "
+        "medtpp_vit_tiny, folders of `medtpp pretrain` and timm's vision transformers encode volumes."
+    )
+
+
+def per_channel(values: Sequence[float], channels: int) -> tuple[float, ...]:
+    """Means or deviations for a number of channels: as given where they are as many, else the mean of them for each."""
+    if len(values) == channels:
+        return tuple(float(value) for value in values)
+    return (sum(values) / len(values),) * channels
 
 
 def hash_state(state: Mapping[str, Tensor]) -> str:

@@ -86,6 +86,12 @@ class _BlockHooks:
             half = rope.shape[-1] // 2
             still = torch.cat([rope.new_zeros(count, half), rope.new_ones(count, half)], dim=-1)
             kwargs = {**kwargs, "rope": torch.cat([rope, still.expand(*rope.shape[:-2], -1, -1)], dim=-2)}
+        if "position_embeddings" in kwargs:  # cosines and sines apart, in networks of transformers
+            cosines, sines = (
+                nn.functional.pad(part, (0, 0, 0, count), value=value)
+                for part, value in zip(kwargs["position_embeddings"], (1.0, 0.0), strict=True)
+            )
+            kwargs = {**kwargs, "position_embeddings": (cosines, sines)}
         if not self.first:
             return args, kwargs
         prompts = self.tuned.prompts[self.index].to(tokens.dtype).expand(tokens.shape[0], -1, -1)

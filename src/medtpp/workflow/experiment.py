@@ -18,6 +18,7 @@ from ruamel.yaml.comments import CommentedMap
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from medtpp.backbones.folder import EMBEDDED
+from medtpp.backbones.transformers_weights import PREFIX
 from medtpp.config import PRETEXTS, TASKS, TUNERS, Experiment, experiment_schema
 from medtpp.errors import ConfigError
 from medtpp.files import write_text
@@ -113,9 +114,11 @@ def _with_paths(experiment: Experiment, base: Path) -> Experiment:
 
     data, backbone = experiment.data, experiment.backbone
     weights = {}
-    folder, file = found(Path(backbone.name)), found(Path(backbone.weights))
-    if (folder / "backbone.json").is_file() and not (EMBEDDED / backbone.name).is_dir():
-        weights["name"] = str(folder.resolve())
+    prefix = PREFIX if backbone.name.startswith(PREFIX) else ""
+    folder, file = found(Path(backbone.name.removeprefix(prefix))), found(Path(backbone.weights))
+    needed = "config.json" if prefix else "backbone.json"
+    if (folder / needed).is_file() and not (EMBEDDED / backbone.name).is_dir():
+        weights["name"] = f"{prefix}{folder.resolve()}"
     if backbone.weights not in ("pretrained", "random") and file.is_file():
         weights["weights"] = str(file.resolve())
     paths = {"path": found(data.path), "unlabelled": [found(path) for path in data.unlabelled]}
