@@ -186,6 +186,7 @@ class Backbone(nn.Module, ABC):
         pretext_heads: State of pretext heads that came with the weights, by name of the pretext task.
         options: What it was loaded by; None for a network that was wrapped in memory.
         taken: Whether a tuner was attached to it.
+        advice: What a refusal of a pretext task adds; of networks of one's own.
     """
 
     spec: Spec
@@ -195,6 +196,7 @@ class Backbone(nn.Module, ABC):
     pretext_heads: Mapping[str, Mapping[str, Tensor]]
     options: BackboneOptions | None
     taken: bool
+    advice: str = ""
     mean: Tensor
     std: Tensor
 
@@ -267,12 +269,15 @@ class Backbone(nn.Module, ABC):
             kind = "stages" if self.spec.pyramid else "blocks"
             raise ConfigError(f"There are {kind} 0 to {self.spec.depth - 1}; maps were asked of {list(taps)}.")
 
-    def take_normalised(self) -> None:
-        """From now on, images come as the network takes them: `encode` no longer normalises."""
-        channels = self.spec.channels
-        self.spec = replace(self.spec, mean=(0.0,) * channels, std=(1.0,) * channels)
-        self.mean.zero_()
-        self.std.fill_(1.0)
+    def take_normalised(self, low: float = 0.0, high: float = 1.0) -> None:
+        """From now on, images are what the network itself takes, with values from low to high brought to [0, 1].
+
+        `encode` gives the network the values that they had. By default nothing is done to them.
+        """
+        channels, width = self.spec.channels, high - low
+        self.spec = replace(self.spec, mean=(-low / width,) * channels, std=(1 / width,) * channels)
+        self.mean.fill_(-low / width)
+        self.std.fill_(1 / width)
 
     def _check_size(self, images: Tensor) -> None:
         expected = self.spec.image_size

@@ -44,6 +44,8 @@ from medtpp.training.stage import (
 )
 
 TOKENS = 12_544  # in a batch: 64 images of 14 x 14 patches
+PIXELS = 256  # that count as a token where a network has no blocks of tokens: a patch of 16 x 16
+COARSE = 16  # pixels per step; of a coarser map, a linear layer that restores the image would outgrow the network
 
 
 @dataclass(frozen=True)
@@ -159,10 +161,11 @@ def resolve_tpp(
         trained_head: Whether the pretext head came trained with the backbone.
         devices: The batch size is a multiple of them.
     """
+    tokens = math.prod(spec.grid) if spec.depth else math.ceil(math.prod(spec.image_size) / PIXELS)
     options = resolve_stage(
         options,
         passes=40,
-        batch_size=min(64, max(8, TOKENS // math.prod(spec.grid))),
+        batch_size=min(64, max(8, TOKENS // tokens)),
         cases=images,
         limits=(200, 2000),
         learning_rate=learning_rate,
@@ -209,19 +212,31 @@ def require_pair(tuner: str, pretext: Pretext) -> None:
         )
 
 
+def natural_pretext(spec: backbones.Spec) -> str:
+    """The name of the pretext task that uses most of what a backbone can do."""
+    if "drops_tokens" in spec.capabilities:
+        return "mae"
+    if "masks" in spec.capabilities:
+        return "simmim"
+    return "restoration" if "dense" in spec.capabilities and max(spec.patch) <= COARSE else "byol"
+
+
 def make_pretext(options: MethodOptions, backbone: backbones.Backbone, seeds: Seeds) -> tuple[Pretext, bool]:
     """The pretext task for a backbone, and whether its head came trained with the backbone.
 
     Raises:
         ConfigError: The backbone lacks what the task needs.
     """
-    pretext: Pretext = PRETEXTS.get(options.name)(options, backbone.spec, seeds)
-    lacking = backbones.describe_lacking(pretext.needs, backbone.spec.capabilities)
-    if lacking:
+    method: type[Pretext] = PRETEXTS.get(options.name)
+    has = backbone.spec.capabilities
+    lacking = backbones.describe_lacking(method.needs_of(options), has)
+    if lacking:  # before a head is made, which for images without a grid could be of any size
+        fitting = [name for name, task in PRETEXTS.items() if name != "sum" and task.needs <= has]
         raise ConfigError(
-            f"The pretext task {options.name} does not fit {backbone.spec.name}: it needs {lacking}. "
-            "`medtpp list matrix` shows what goes together; choose by --set pretext=NAME."
+            f"The pretext task {options.name} does not fit {backbone.spec.name}: it needs {lacking}. Choose of "
+            f"{', '.join(fitting)}: --set pretext=NAME, or medtpp.tpp(model, images, NAME). {backbone.advice}".rstrip()
         )
+    pretext = method(options, backbone.spec, seeds)
     return pretext, pretext.load_head(backbone.pretext_heads)
 
 
