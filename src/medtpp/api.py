@@ -47,7 +47,7 @@ from medtpp.inference.segment import Segmented, SegmentOptions, segment_files
 from medtpp.seeds import Seeds
 from medtpp.tasks.base import Task
 from medtpp.training.device import choose_precision, mixed, quiet_fabric
-from medtpp.training.finetune import SupervisedModule, resolve_finetune
+from medtpp.training.finetune import SupervisedModule, first_losses, resolve_finetune
 from medtpp.training.loop import Group, Hooks, fit
 from medtpp.training.stage import PretextModule, number, schedule_of, target_groups, tuner_groups
 from medtpp.training.tpp import make_pretext, require_batches, require_pair, resolve_tpp, warm_up_heads
@@ -219,6 +219,7 @@ def finetune(
     groups += tuner_groups(model, float(chosen.learning_rate), chosen.weight_decay)
     stream = UserStream(images, targets, number(chosen.batch_size), seeds)
     with _random_state(seeds):
+        model.start_from(first_losses(module, stream, device), lambda values: values)
         fit(
             _fabric(device, precision),
             module,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import torch
 from lightning.fabric import Fabric
@@ -25,7 +27,7 @@ from medtpp.files import MARKER, write_json
 from medtpp.seeds import Draws, Seeds
 from medtpp.tasks.base import Task
 from medtpp.training.device import make_fabric
-from medtpp.training.loop import Group, Hooks, fit
+from medtpp.training.loop import Group, Hooks, Stream, fit
 from medtpp.training.resume import finish
 from medtpp.training.stage import (
     StageData,
@@ -46,6 +48,7 @@ TOKENS = 6_272  # in a batch of a classification: 32 images of 14 x 14 patches
 VOXELS = 1 << 20  # in a batch of a segmentation: 16 images of 256 x 256
 MASKED = 16  # images in it, at most
 STARTING = 128  # images that a start is made from, at most
+GRADIENTS = 8  # batches that a start is made from
 
 
 @dataclass(frozen=True)
@@ -178,6 +181,10 @@ def _train(fabric: Fabric, inputs: FinetuneInputs, folder: Path) -> StageResult:
         ),
         *tuner_groups(tuned, rate, options.weight_decay),
     ]
+    if inputs.start is None:
+        stream = train.stream(batch_size, seeds.child("start"), fabric)
+        losses = first_losses(module.to(fabric.device), stream, fabric.device)
+        tuned.start_from(losses, lambda values: cast(Tensor, fabric.all_reduce(values)))
     validation = _validation(inputs, tuned, task, fabric)
     record = fit(
         fabric,
@@ -203,6 +210,13 @@ def _train(fabric: Fabric, inputs: FinetuneInputs, folder: Path) -> StageResult:
         finish(folder)
         write_json(folder / MARKER, result.summary())
     return result
+
+
+def first_losses(module: nn.Module, stream: Stream, device: torch.device) -> Iterator[Tensor]:
+    """Losses of the first batches, each computed when it is asked for."""
+    for given in stream.iterate(0, GRADIENTS):
+        batch = given.to(device)
+        yield module(batch.images, batch.targets, batch.draws.visits)[0]
 
 
 def _take_over(task: Task, begun: Adapter, inputs: FinetuneInputs) -> None:
