@@ -42,7 +42,7 @@ class LinearBottleneck(nn.Module):
         changed: Tensor = x + self.scale * (self._lead_out(self.down(x)) + self.shift).to(x.dtype)
         return changed
 
-    def _lead_out(self, inner: Tensor) -> Tensor:
+    def _lead_out(self, inner: Any) -> Any:
         """(..., bottleneck) to (..., D), group by group."""
         return (inner.unflatten(-1, (self.groups, 1, -1)) @ self.up.to(inner.dtype)).flatten(-3)
 
