@@ -224,6 +224,11 @@ class FinetuneOptions(StageOptions):
 
     head_learning_rate: float = Field(1e-3, gt=0, description="learning rate of the task head")
     head_weight_decay: float = Field(0.01, ge=0, description="weight decay of the task head")
+    head_warmup: int = Field(
+        0,
+        ge=0,
+        description="steps in which the head trains alone first, on features as they are (arXiv 2202.10054)",
+    )
     keep: Literal["best", "last"] = Field("best", description="which weights: best on validation, or of the last step")
     validate_every: Count | Auto = Field("auto", description="steps between validations")
 

@@ -28,7 +28,7 @@ from medtpp.seeds import Draws, Seeds
 from medtpp.tasks.base import Task
 from medtpp.training.device import make_fabric
 from medtpp.training.loop import Group, Hooks, Stream, fit
-from medtpp.training.resume import finish
+from medtpp.training.resume import RESUME, finish
 from medtpp.training.stage import (
     StageData,
     StageResult,
@@ -39,6 +39,7 @@ from medtpp.training.stage import (
     resolve_stage,
     schedule_of,
     tuner_groups,
+    warm_up_heads,
     with_penalty,
 )
 from medtpp.training.validation import ClassificationValidation, SegmentationValidation, Validation
@@ -174,22 +175,22 @@ def _train(fabric: Fabric, inputs: FinetuneInputs, folder: Path) -> StageResult:
     if train.targets is not None:
         task.balance(train.targets)
     module = SupervisedModule(tuned, task, augmenter_of(experiment, inputs.preprocessing))
-    groups = [
-        *(
-            Group(name, own, options.head_learning_rate, options.head_weight_decay)
-            for name, own in task.groups().items()
-        ),
-        *tuner_groups(tuned, rate, options.weight_decay),
+    heads = [
+        Group(name, own, options.head_learning_rate, options.head_weight_decay) for name, own in task.groups().items()
     ]
+    targets = tuner_groups(tuned, rate, options.weight_decay)
     if inputs.start is None:
         stream = train.stream(batch_size, seeds.child("start"), fabric)
         losses = first_losses(module.to(fabric.device), stream, fabric.device)
         tuned.start_from(losses, lambda values: cast(Tensor, fabric.all_reduce(values)))
+    if options.head_warmup and targets and not (folder / RESUME).is_file():
+        stream = train.stream(batch_size, seeds.child("head-warmup"), fabric)
+        warm_up_heads(fabric, module, heads, targets, stream, options.head_warmup)
     validation = _validation(inputs, tuned, task, fabric)
     record = fit(
         fabric,
         module,
-        groups,
+        [*heads, *targets],
         train.stream(batch_size, seeds.child("finetune"), fabric),
         schedule_of(options, number(options.validate_every)),
         folder=folder,
