@@ -19,6 +19,7 @@ TUNERS: Registry[Any] = Registry("tuner", "medtpp.tuners")
 PRETEXTS: Registry[Any] = Registry("pretext", "medtpp.pretext")
 TASKS: Registry[Any] = Registry("task", "medtpp.tasks")
 SOURCES: Registry[Any] = Registry("source", "medtpp.data.sources")
+RECIPES: Registry[Any] = Registry("recipe", "medtpp.data.recipes")
 
 Modality = Literal["unknown", "xray", "ct", "mri", "ultrasound", "pathology", "microscopy", "retina", "photo"]
 Auto = Literal["auto"]
