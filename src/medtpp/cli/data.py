@@ -18,13 +18,12 @@ def list_() -> None:
     """List the data sets that there are recipes for, and where to ask for them."""
     from medtpp.config import RECIPES
 
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("name", no_wrap=True)
-    for column in ("task", "cases", "licence", "where to ask"):
-        table.add_column(column, overflow="fold")
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
     for name, recipe in RECIPES.items():
         cases = f"{sum(part.count for part in recipe.parts):,} {recipe.parts[0].what}"
-        table.add_row(name, recipe.task, cases, recipe.licence, recipe.access)
+        table.add_row(name, f"{recipe.task}; {cases}\nlicence: {recipe.licence}\n{recipe.access}")
     console.print(table)
 
 

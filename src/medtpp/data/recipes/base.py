@@ -48,6 +48,8 @@ class Row:
         stratum: What the draw keeps in proportion; by default the label.
         extra: Further columns, which medtpp does not read.
         make: Writes what cannot be read in place. Raises DataError.
+        sources: The official image and mask where `make` writes one of the two; () where their sizes are not to be
+            compared beforehand.
     """
 
     image: Path
@@ -59,6 +61,7 @@ class Row:
     stratum: str = ""
     extra: Mapping[str, str] = field(default_factory=dict)
     make: Callable[[], None] | None = None
+    sources: tuple[Path, ...] | None = None
 
 
 @dataclass
@@ -184,9 +187,10 @@ def size_of(path: Path) -> tuple[int, ...]:
 
 
 def compared_sizes(row: Row) -> str | None:
-    """Why a row that is read in place cannot be used, by the headers of its files; None if nothing is wrong."""
+    """Why a row cannot be used, by the headers of its files; None if nothing is wrong."""
+    files = (row.image, row.mask) if row.sources is None else row.sources
     sizes = []
-    for path in filter(None, (row.image, row.mask)):
+    for path in filter(None, files):
         if path.is_dir():
             return None  # a DICOM series, which its recipe has looked into
         try:
@@ -195,7 +199,7 @@ def compared_sizes(row: Row) -> str | None:
             return f"{path}: {error.message}"
     if len(set(sizes)) > 1:
         shapes = " and ".join(" x ".join(map(str, size)) for size in sizes)
-        return f"{row.mask}: the mask has another size than its image ({shapes} of {row.image.name})."
+        return f"{files[1]}: the mask has another size than its image ({shapes} of {row.image.name})."
     return None
 
 

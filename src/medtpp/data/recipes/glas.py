@@ -77,6 +77,7 @@ class GlaS(Recipe):
                     stratum=grade,
                     extra={"grade": grade, "slide": patient},
                     make=partial(_binary, image, mask, target),
+                    sources=(image, mask),
                 )
             )
         survey.notes.append(

@@ -71,7 +71,7 @@ class LA2018(Recipe):
                 survey.found["scans"].append(folder.name)
                 target, labels = (out / part / f"{folder.name}.nii.gz" for part in ("images", "masks"))
                 make = partial(_from_h5, folder / H5, target, labels)
-                survey.rows.append(Row(target, labels, patient=folder.name, split=split, make=make))
+                survey.rows.append(Row(target, labels, patient=folder.name, split=split, make=make, sources=()))
         if not survey.rows:
             raise self.unknown(source)
         if any(row.make for row in survey.rows):

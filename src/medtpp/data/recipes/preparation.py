@@ -135,7 +135,7 @@ def _lacking(part: Part, found: Sequence[str]) -> str | None:
 def _readable(survey: Survey, progress: Progress | None) -> list[Row]:
     """The rows whose files have readable headers; the others become faults."""
     rows = []
-    with closing(parallel(lambda row: None if row.make else compared_sizes(row), survey.rows, None)) as found:
+    with closing(parallel(compared_sizes, survey.rows, None)) as found:
         for done, (row, fault) in enumerate(zip(survey.rows, found, strict=True), start=1):
             if fault:
                 survey.faults.append(fault)

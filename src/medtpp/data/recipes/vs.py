@@ -76,7 +76,7 @@ class VestibularSchwannoma(Recipe):
             else:
                 target = out / "masks" / f"{name}.nii.gz"
                 make = partial(_mask, scan, contours, target)
-                survey.rows.append(Row(folder, target, patient=name, make=make))
+                survey.rows.append(Row(folder, target, patient=name, make=make, sources=()))
         return survey
 
 
