@@ -131,7 +131,10 @@ class VolumeOptions(Options):
 class DataOptions(Options):
     """Where the cases are, how they are split, and how images become tensors."""
 
-    path: Path = Field(description="folder of class folders, or a CSV manifest (or the folder that holds manifest.csv)")
+    path: Path = Field(
+        description="folder of class folders, a CSV manifest (or the folder that holds manifest.csv), or "
+        "medmnist:pneumoniamnist@224, which is downloaded"
+    )
     layout: str = Field("auto", description="name of a data layout, or auto")
     columns: ColumnOptions = ColumnOptions()
     multilabel: bool = Field(False, description="a case may have several labels, separated by label_separator")
