@@ -1,8 +1,10 @@
 """Recipes of data sets: small copies of the official downloads, prepared, checked, and broken in the usual ways."""
 
 import csv
+import re
 import shutil
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -58,6 +60,16 @@ def test_every_recipe_is_tried():
         assert name in text
         assert recipe.citation
         assert all(split_of(split) for split in recipe.shares)
+
+
+def test_the_page_tells_of_every_recipe():
+    page = (Path(__file__).parents[1] / "docs" / "recipes.md").read_text(encoding="utf-8")
+    for name, recipe in RECIPES.items():
+        row = next(line for line in page.splitlines() if line.startswith(f"| `{name}` "))
+        assert all(word in row for word in re.findall(r"https://[^ ]+", recipe.access))
+        assert sum(part.count for part in recipe.parts) == sum(
+            int(number.replace(",", "")) for number in re.findall(r"[\d,]+", row.split("|")[3])
+        )
 
 
 @pytest.mark.parametrize("name", SPLITS)
