@@ -2,8 +2,8 @@
 
 Verified against the challenge's page (165 images: 37 benign and 48 malignant for training, 37 and 43 as test), the
 file names in public code (`train_1.bmp`, `train_1_anno.bmp`, `testA_1.bmp`, `testB_1.bmp`; a number for each gland in
-a mask) and the header of `Grade.csv`. The images come from 16 slides; the official split was drawn by image, so that
-train and test share patients. Which ones was not compared with the file itself.
+a mask) and the header of `Grade.csv`. By the challenge's paper the images come from 16 slides and
+were divided by image, so that train and test share patients; `Grade.csv` itself was not at hand.
 """
 
 from __future__ import annotations
@@ -80,10 +80,13 @@ class GlaS(Recipe):
                     sources=(image, mask),
                 )
             )
-        survey.notes.append(
-            "The official split was drawn by image: images of one patient (column slide) are in train and test, which "
-            "flatters the result."
-        )
+        slides = [{row.extra["slide"] for row in survey.rows if row.split == split} for split in ("", "test")]
+        shared = len(set.intersection(*slides))
+        if shared:
+            survey.notes.append(
+                f"The official split was drawn by image: {shared} patients (column slide) are in train and in test, "
+                "which flatters the result."
+            )
         return survey
 
 

@@ -1,10 +1,10 @@
 """RICORD 1A and 1B (Tsai et al., Radiology 2021): chest CT of patients with and without COVID-19.
 
 Verified against the folder names in public code for the two collections of the Cancer Imaging Archive (both ways in
-which its retriever names folders) and the lists of MedCoSS's split, which have 330 series of both collections,
-reformatted ones included, and put those of one patient in one split. The numbers of patients (110 and 117) are those of
-the archive's pages and could not be compared with the files. The annotations in JSON are of 1A alone and not needed:
-a scan is positive in 1A, negative in 1B.
+which its retriever names folders) and against MedCoSS's lists of its split, which name series of both collections,
+reformatted ones included, and put those of one patient in one split. The numbers of patients (110 and 117) and the
+identifiers of the collections (DOI) could be verified neither on the archive's pages nor in the files. The annotations
+in JSON are of 1A alone and not needed: a scan is positive in 1A, negative in 1B.
 """
 
 from __future__ import annotations
