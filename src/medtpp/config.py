@@ -19,6 +19,7 @@ TUNERS: Registry[Any] = Registry("tuner", "medtpp.tuners")
 PRETEXTS: Registry[Any] = Registry("pretext", "medtpp.pretext")
 TASKS: Registry[Any] = Registry("task", "medtpp.tasks")
 SOURCES: Registry[Any] = Registry("source", "medtpp.data.sources")
+RECIPES: Registry[Any] = Registry("recipe", "medtpp.data.recipes")
 
 Modality = Literal["unknown", "xray", "ct", "mri", "ultrasound", "pathology", "microscopy", "retina", "photo"]
 Auto = Literal["auto"]
@@ -130,7 +131,10 @@ class VolumeOptions(Options):
 class DataOptions(Options):
     """Where the cases are, how they are split, and how images become tensors."""
 
-    path: Path = Field(description="folder of class folders, or a CSV manifest (or the folder that holds manifest.csv)")
+    path: Path = Field(
+        description="folder of class folders, a CSV manifest (or the folder that holds manifest.csv), or "
+        "medmnist:pneumoniamnist@224, which is downloaded"
+    )
     layout: str = Field("auto", description="name of a data layout, or auto")
     columns: ColumnOptions = ColumnOptions()
     multilabel: bool = Field(False, description="a case may have several labels, separated by label_separator")
