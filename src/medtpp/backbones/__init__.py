@@ -5,8 +5,10 @@ from __future__ import annotations
 import difflib
 from typing import TYPE_CHECKING
 
+from medtpp.backbones.attention import training_attention
 from medtpp.backbones.base import (
     Backbone,
+    Branch,
     Features,
     Inflation,
     Layout,
@@ -17,7 +19,6 @@ from medtpp.backbones.base import (
     hash_state,
     match_channels,
     other_dims,
-    training_attention,
 )
 from medtpp.config import BACKBONES, BackboneOptions
 from medtpp.errors import ConfigError
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Backbone",
+    "Branch",
     "Features",
     "Inflation",
     "Layout",
