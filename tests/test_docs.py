@@ -201,7 +201,12 @@ def test_commands_parse(words):
     group = typer.main.get_command(app)
     verb = group.get_command(click.Context(group), words[1])
     assert verb is not None, f"there is no command {words[1]}"
-    options = verb.make_context(words[1], words[2:]).params
+    rest = words[2:]
+    while isinstance(verb, click.Group):
+        name, *rest = rest
+        verb = verb.get_command(click.Context(verb), name)
+        assert verb is not None, f"there is no command {name}"
+    options = verb.make_context(words[1], rest).params
     settings = options.get("settings") or []
     if words[1] == "pretrain":
         load_job(options["images"], settings)

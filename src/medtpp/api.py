@@ -45,17 +45,10 @@ from medtpp.inference.segment import Segmented, SegmentOptions, segment_files
 from medtpp.seeds import Seeds
 from medtpp.tasks.base import Task
 from medtpp.training.device import choose_precision, mixed, quiet_fabric
-from medtpp.training.finetune import SupervisedModule, resolve_finetune
+from medtpp.training.finetune import SupervisedModule, first_losses, resolve_finetune
 from medtpp.training.loop import Group, Hooks, fit
-from medtpp.training.stage import PretextModule, number, schedule_of, target_groups, tuner_groups
-from medtpp.training.tpp import (
-    make_pretext,
-    natural_pretext,
-    require_batches,
-    require_pair,
-    resolve_tpp,
-    warm_up_heads,
-)
+from medtpp.training.stage import PretextModule, number, schedule_of, target_groups, tuner_groups, warm_up_heads
+from medtpp.training.tpp import make_pretext, natural_pretext, require_batches, require_pair, resolve_tpp
 from medtpp.tuners import TunedBackbone
 
 Adapters = Adapter | Sequence[Adapter]
@@ -171,7 +164,7 @@ def tpp(
         )
         head = Group("pretext", dict(task.named_parameters()), chosen.head_learning_rate)
         if warmup:
-            warm_up_heads(fabric, module, [head], targets, stream, warmup)
+            warm_up_heads(fabric, module, [head], targets, stream, warmup, module.hooks())
         record = fit(fabric, module, [*targets, head], stream, schedule_of(chosen), title="TPP", hooks=module.hooks())
     card = TPPCard(
         pretext=pretext_options.model_dump(mode="json"),
@@ -234,14 +227,18 @@ def finetune(
     head: Task = method(method.Options(), model.spec, classes, False, seeds)
     module = SupervisedModule(model, head.to(device), Augmenter(AugmentOptions(), modality))
     targets = torch.tensor([classes.index(label) for label in labels])
-    groups = [Group("head", dict(head.named_parameters()), chosen.head_learning_rate, chosen.head_weight_decay)]
-    groups += tuner_groups(model, float(chosen.learning_rate), chosen.weight_decay)
+    heads = [Group("head", dict(head.named_parameters()), chosen.head_learning_rate, chosen.head_weight_decay)]
+    tuned = tuner_groups(model, float(chosen.learning_rate), chosen.weight_decay)
     stream = UserStream(images, targets, number(chosen.batch_size), seeds)
     with random_state(seeds):
+        model.start_from(first_losses(module, stream, device), lambda values: values)
+        fabric = _fabric(device, precision)
+        if chosen.head_warmup and tuned:
+            warm_up_heads(fabric, module, heads, tuned, stream, chosen.head_warmup)
         fit(
-            _fabric(device, precision),
+            fabric,
             module,
-            groups,
+            [*heads, *tuned],
             stream,
             schedule_of(chosen),
             title="fine-tuning",

@@ -5,8 +5,10 @@ from __future__ import annotations
 import difflib
 from typing import TYPE_CHECKING
 
+from medtpp.backbones.attention import training_attention
 from medtpp.backbones.base import (
     Backbone,
+    Branch,
     Features,
     Inflation,
     Layout,
@@ -17,7 +19,6 @@ from medtpp.backbones.base import (
     hash_state,
     match_channels,
     other_dims,
-    training_attention,
 )
 from medtpp.backbones.plain import tensors_in, wrap_plain
 from medtpp.config import BACKBONES, BackboneOptions
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Backbone",
+    "Branch",
     "Features",
     "Inflation",
     "Layout",

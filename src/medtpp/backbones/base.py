@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from medtpp.config import BackboneOptions
 from medtpp.errors import ConfigError, DataError
-
-PLAIN_ATTENTION = 600  # tokens; 384 pixels with patches of 16 are 577
-
 
 # What a backbone may be or have, in the words of refusals: "it needs a backbone with ...".
 CAPABILITIES = {
@@ -105,6 +101,21 @@ class Spec:
 
 
 @dataclass(frozen=True)
+class Branch:
+    """A part of a block that is added to the tokens: after = before + factor * what its last layer gives.
+
+    Attributes:
+        start: Path of the norm that is given `before`.
+        end: Path of the norm that is given `after`, or of the block that gives it.
+        factor: Name of the encoder's parameter (D,) that is the factor, as in LayerScale; None for one.
+    """
+
+    start: str
+    end: str
+    factor: str | None
+
+
+@dataclass(frozen=True)
 class Layout:
     """Where things are in the encoder: tuners ask for roles, never for module names.
 
@@ -115,11 +126,15 @@ class Layout:
             "norm.conv". Outside: "embed.patch", "norm.embed", "downsample" and "norm.downsample" between stages,
             "norm.final".
         widths: Channels that each block gives, where they are not all the same.
+        branches: What is known of how blocks add up, by the path of the last layer of each branch.
+        kept: Paths of layers whose output autograd is known to keep as it is, for what comes next.
     """
 
     blocks: tuple[str, ...]
     roles: Mapping[str, tuple[str, ...]]
     widths: tuple[int, ...] = ()
+    branches: Mapping[str, Branch] = field(default_factory=dict)
+    kept: frozenset[str] = frozenset()
 
     def paths(self, *roles: str) -> tuple[str, ...]:
         """The paths of all modules with one of these roles."""
@@ -350,24 +365,6 @@ def match_channels(images: Tensor, channels: int) -> Tensor:
         weights = images.new_tensor([0.299, 0.587, 0.114]).view(3, *[1] * (images.ndim - 2))
         return (images * weights).sum(dim=1, keepdim=True)
     raise DataError(f"Images have {given} channels; the backbone takes {channels} (or 1, or 3 for grey).")
-
-
-@contextmanager
-def training_attention(blocks: Iterable[Any], tokens: Tensor) -> Iterator[None]:
-    """Inside, timm blocks that see tokens (B, N, D) train with the quickest kind of attention.
-
-    On CPUs the backward of torch's fused attention is slower in bfloat16 than plain matrix products.
-    Those keep B x heads x N x N values per block, hence the limit to short sequences.
-    """
-    mixed = tokens.device.type == "cpu" and torch.is_autocast_enabled("cpu") and torch.is_grad_enabled()
-    fused = [block.attn for block in blocks if mixed and tokens.shape[1] <= PLAIN_ATTENTION and block.attn.fused_attn]
-    for attention in fused:
-        attention.fused_attn = False
-    try:
-        yield
-    finally:
-        for attention in fused:
-            attention.fused_attn = True
 
 
 def gather_tokens(tokens: Tensor, keep: Tensor) -> Tensor:

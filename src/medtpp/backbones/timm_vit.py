@@ -17,20 +17,20 @@ from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer import checkpoint_filter_fn as convert_vit
 from torch import Tensor, nn
 
+from medtpp.backbones.attention import training_attention
 from medtpp.backbones.base import (
     PLAIN_VIT,
     Backbone,
     Features,
     Inflation,
-    Layout,
     Spec,
     gather_tokens,
     hash_state,
     per_channel,
-    training_attention,
 )
 from medtpp.backbones.checkpoints import load_strict, read_checkpoint, strip_prefix
 from medtpp.backbones.inflate import VolumeEmbed, add_positions, inflate, require_whole, sides
+from medtpp.backbones.timm_layout import vit_layout
 from medtpp.backbones.timm_names import (
     check_weights,
     create_network,
@@ -79,7 +79,7 @@ class TimmViT(Backbone):
                 rope = rope[keep][:, None]
         x = self.encoder.norm_pre(x)
         maps = []
-        with training_attention(self.encoder.blocks, x):
+        with training_attention(x):
             for index, block in enumerate(self.encoder.blocks):
                 x = block(x) if rope is None else block(x, rope=rope)
                 if index in taps:
@@ -267,28 +267,6 @@ def wrap_vit(
         sha256=sha256,
     )
     return TimmViT(vit, spec, vit_layout(vit), inflation)
-
-
-def vit_layout(encoder: Any) -> Layout:
-    """Access points of a timm ViT, with fused or separate query, key and value, plain or gated MLP."""
-    inside = {
-        "attention.qkv": ("attn.qkv", "attn.q_proj", "attn.k_proj", "attn.v_proj"),
-        "attention.projection": ("attn.proj",),
-        "mlp.in": ("mlp.fc1", "mlp.fc1_g", "mlp.fc1_x"),
-        "mlp.out": ("mlp.fc2",),
-        "norm.attention": ("norm1",),
-        "norm.mlp": ("norm2",),
-    }
-    modules = dict(encoder.named_modules())
-    blocks = tuple(f"blocks.{index}" for index in range(len(encoder.blocks)))
-    roles = {
-        role: tuple(
-            f"{block}.{part}" for block in blocks for part in parts if modules.get(f"{block}.{part}") is not None
-        )
-        for role, parts in inside.items()
-    }
-    final = () if isinstance(encoder.norm, nn.Identity) else ("norm",)
-    return Layout(blocks, {"embed.patch": ("patch_embed.proj",), **roles, "norm.final": final})
 
 
 def fit_to(encoder: Any, options: BackboneOptions, image_size: int | tuple[int, ...] | None) -> Inflation | None:

@@ -10,6 +10,7 @@ from typer.core import TyperGroup
 from medtpp.cli import (
     check,
     compare,
+    data,
     doctor,
     evaluate,
     export,
@@ -62,4 +63,5 @@ app.command("report")(report.report)
 app.command("pretrain")(pretrain.pretrain)
 app.command("list")(listing.list_)
 app.command("phantom")(phantom.phantom)
+app.add_typer(data.app, name="data")
 app.command("doctor")(doctor.doctor)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 console = Console(highlight=False)
 errors = Console(stderr=True, highlight=False)
 
-Source = Annotated[Path, typer.Argument(help="An experiment.yaml, a folder of class folders, or a CSV manifest.")]
+Source = Annotated[Path, typer.Argument(help="An experiment.yaml, a folder, a manifest, or medmnist:NAME@SIZE.")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Output folder.")]
 Settings = Annotated[
     list[str] | None, typer.Option("--set", help="Override a field: --set tuner.rank=16. May be repeated.")

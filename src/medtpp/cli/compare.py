@@ -37,7 +37,7 @@ def compare(
     source: Source,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Output folder.")] = None,
     init: Annotated[
-        str, typer.Option(help="Starts to compare: standard, tpp; LoRA's pissa, olora, eva.")
+        str, typer.Option(help="Starts to compare: standard, tpp; LoRA's pissa, olora, eva, lora_ga.")
     ] = "standard,tpp",
     labels: Annotated[
         str | None, typer.Option(help="Numbers of labelled cases in all, such as 30,150,all.", show_default=False)

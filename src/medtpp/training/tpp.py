@@ -7,7 +7,6 @@ otherwise warm a new one up alone; train target parameters and head together on 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +27,7 @@ from medtpp.pretext.base import Pretext
 from medtpp.seeds import Seeds, name_key
 from medtpp.training.dense import DenseReconstruction, make_dense
 from medtpp.training.device import make_fabric
-from medtpp.training.loop import Group, Schedule, Stream, fit
+from medtpp.training.loop import Group, fit
 from medtpp.training.resume import RESUME, finish
 from medtpp.training.stage import (
     PretextModule,
@@ -41,6 +40,7 @@ from medtpp.training.stage import (
     resolve_stage,
     schedule_of,
     tuner_groups,
+    warm_up_heads,
 )
 
 TOKENS = 12_544  # in a batch: 64 images of 14 x 14 patches
@@ -104,7 +104,7 @@ def _train(fabric: Fabric, inputs: TPPInputs, folder: Path) -> StageResult:
 
     if head_warmup and not (folder / RESUME).is_file():
         warmup_stream = data.stream(batch_size, seeds.child("head-warmup"), fabric)
-        warm_up_heads(fabric, module, heads, targets, warmup_stream, head_warmup)
+        warm_up_heads(fabric, module, heads, targets, warmup_stream, head_warmup, module.hooks())
     stream = data.stream(batch_size, seeds.child("tpp"), fabric)
     record = fit(
         fabric,
@@ -262,25 +262,6 @@ def head_groups(pretext: Pretext, dense: DenseReconstruction | None, rate: float
         heads["pretext"] |= {f"dense.{name}": parameter for name, parameter in dense.predict.named_parameters()}
         heads["decoder"] = {f"decoder.{name}": parameter for name, parameter in dense.decoder.named_parameters()}
     return [Group(name, parameters, rate) for name, parameters in heads.items()]
-
-
-def warm_up_heads(
-    fabric: Fabric,
-    module: PretextModule,
-    heads: Sequence[Group],
-    targets: Sequence[Group],
-    stream: Stream,
-    steps: int,
-) -> None:
-    """Train a new pretext head alone, so that its first gradients do not move the target parameters at random."""
-    waiting = [parameter for group in targets for parameter in group.parameters.values()]
-    for parameter in waiting:
-        parameter.requires_grad_(False)
-    try:
-        fit(fabric, module, heads, stream, Schedule(steps), title="pretext head", hooks=module.hooks())
-    finally:
-        for parameter in waiting:
-            parameter.requires_grad_(True)
 
 
 def save_preview(path: Path, images: Tensor, pretext: Pretext, backbone: backbones.Backbone, seeds: Seeds) -> None:

@@ -20,6 +20,7 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from medtpp.backbones.folder import EMBEDDED
 from medtpp.backbones.transformers_weights import PREFIX
 from medtpp.config import PRETEXTS, TASKS, TUNERS, Experiment, experiment_schema
+from medtpp.data.download import is_name
 from medtpp.errors import ConfigError
 from medtpp.files import write_text
 from medtpp.registry import Registry
@@ -290,7 +291,8 @@ def _known_fields(model: Any, location: Location) -> list[str]:
 def write_experiment(path: Path, experiment: Experiment) -> None:
     """Write an experiment with a comment for each field that has a description, and with absolute paths."""
     data = experiment.data
-    paths = {"path": data.path.resolve(), "unlabelled": [path.resolve() for path in data.unlabelled]}
+    source = data.path if is_name(data.path) else data.path.resolve()
+    paths = {"path": source, "unlabelled": [path.resolve() for path in data.unlabelled]}
     experiment = experiment.model_copy(update={"data": data.model_copy(update=paths)})
     stream = io.StringIO()
     yaml = YAML(typ="rt")
