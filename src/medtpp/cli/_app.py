@@ -8,6 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 from medtpp.cli import (
+    bench,
     check,
     compare,
     doctor,
@@ -60,6 +61,7 @@ app.command("predict")(predict.predict)
 app.command("export")(export.export)
 app.command("report")(report.report)
 app.command("pretrain")(pretrain.pretrain)
+app.command("bench")(bench.bench)
 app.command("list")(listing.list_)
 app.command("phantom")(phantom.phantom)
 app.command("doctor")(doctor.doctor)
