@@ -8,6 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 from medtpp.cli import (
+    bench,
     check,
     compare,
     data,
@@ -61,6 +62,7 @@ app.command("predict")(predict.predict)
 app.command("export")(export.export)
 app.command("report")(report.report)
 app.command("pretrain")(pretrain.pretrain)
+app.command("bench")(bench.bench)
 app.command("list")(listing.list_)
 app.command("phantom")(phantom.phantom)
 app.add_typer(data.app, name="data")

@@ -55,6 +55,11 @@ def experiment_from(
     return load_experiment(source, chosen, unlabelled or [])
 
 
+def names_in(text: str | None) -> tuple[str, ...]:
+    """The names in a list such as lora,ssf."""
+    return tuple(name.strip() for name in (text or "").split(",") if name.strip())
+
+
 @contextmanager
 def decoding() -> Iterator[Progress]:
     """A progress bar for reading images, on a terminal; it appears with the first image."""
