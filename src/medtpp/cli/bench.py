@@ -39,7 +39,7 @@ class Precision(StrEnum):
 def bench(
     backbone: Annotated[str, typer.Option(help="Backbone; its weights are left random.")] = "vit_small_patch16_224",
     tuner: Annotated[
-        str | None, typer.Option(help="Tuners, such as lora,ssf; all by default.", show_default=False)
+        str | None, typer.Option(help="Tuners, such as lora,ssf; all that fit by default.", show_default=False)
     ] = None,
     image_size: Annotated[
         int | None, typer.Option(min=1, help="Side in pixels; the backbone's own by default.", show_default=False)
@@ -51,12 +51,11 @@ def bench(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="JSON file for all numbers.")] = None,
 ) -> None:
     """Measure parameters, speed and memory of tuners, in a step of TPP and of fine-tuning, on one backbone."""
-    from medtpp.config import TUNERS
     from medtpp.files import write_json
-    from medtpp.workflow.bench import measure, set_up
+    from medtpp.workflow.bench import fitting, measure, set_up
 
-    names = tuple(dict.fromkeys(names_in(tuner))) or TUNERS.names()
     setup = set_up(backbone, image_size=image_size, batch_size=batch_size, device=device, precision=precision)
+    names = list(dict.fromkeys(names_in(tuner))) or fitting(setup)
     with _progress() as progress:
         found = measure(setup, names, repeats, progress)
     _show(found)

@@ -225,6 +225,12 @@ def set_up(
     return Setup(backbone, spec.image_size[0], batch_size, accelerator, chosen)
 
 
+def fitting(setup: Setup) -> list[str]:
+    """Names of the tuners that fit the backbone."""
+    spec = backbones.load(setup.backbone, weights="random", image_size=setup.image_size).spec
+    return [name for name, method in TUNERS.items() if method.needs <= spec.capabilities]
+
+
 def measure(setup: Setup, names: Sequence[str], repeats: int, progress: Callable[[int, int], None]) -> Measurements:
     """Measure tuners.
 
