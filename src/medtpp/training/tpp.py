@@ -234,7 +234,8 @@ def make_pretext(options: MethodOptions, backbone: backbones.Backbone, seeds: Se
         fitting = [name for name, task in PRETEXTS.items() if name != "sum" and task.needs <= has]
         raise ConfigError(
             f"The pretext task {options.name} does not fit {backbone.spec.name}: it needs {lacking}. Choose of "
-            f"{', '.join(fitting)}: --set pretext=NAME, or medtpp.tpp(model, images, NAME). {backbone.advice}".rstrip()
+            f"{', '.join(fitting)} (see `medtpp list matrix`): --set pretext=NAME, or medtpp.tpp(model, images, NAME). "
+            f"{backbone.advice}".rstrip()
         )
     pretext = method(options, backbone.spec, seeds)
     return pretext, pretext.load_head(backbone.pretext_heads)
