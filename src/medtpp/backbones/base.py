@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,8 +28,9 @@ CAPABILITIES = {
     "attention": "attention (a transformer)",
     "linear": "linear layers in its blocks",
     "convolutions": "convolutions in its blocks",
+    "flat_layers": "linear layers or convolutions of images (not of volumes)",
 }
-PLAIN_VIT = frozenset({"dense", "masks", "drops_tokens", "sequence", "attention", "linear"})
+PLAIN_VIT = frozenset({"dense", "masks", "drops_tokens", "sequence", "attention", "linear", "flat_layers"})
 
 
 def describe_lacking(needs: frozenset[str], capabilities: frozenset[str]) -> str:
@@ -102,6 +104,12 @@ class Spec:
     def grid(self) -> tuple[int, ...]:
         """Patches along each spatial dimension."""
         return tuple(size // patch for size, patch in zip(self.image_size, self.patch, strict=True))
+
+    @property
+    def effort(self) -> int:
+        """Tokens of an image; of a pyramid, whose first maps are finer than its last, those of 256 pixels each."""
+        tokens, pixels = math.prod(self.grid), math.prod(self.image_size)
+        return max(tokens, pixels // 256) if self.pyramid else tokens
 
 
 @dataclass(frozen=True)

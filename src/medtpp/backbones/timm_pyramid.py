@@ -35,9 +35,9 @@ class TimmPyramidFamily:
 
     summary: ClassVar[str] = "hierarchical networks of timm: Swin, Swin v2, ConvNeXt, ResNet, DenseNet, any by name"
     kinds: ClassVar[dict[str, frozenset[str]]] = {
-        "Swin": frozenset({"dense", "masks", "attention", "linear"}),
-        "ConvNeXt": frozenset({"dense", "masks", "convolutions", "linear"}),
-        "ResNet": frozenset({"dense", "masks", "convolutions"}),
+        "Swin": frozenset({"dense", "masks", "attention", "linear", "flat_layers"}),
+        "ConvNeXt": frozenset({"dense", "masks", "convolutions", "linear", "flat_layers"}),
+        "ResNet": frozenset({"dense", "masks", "convolutions", "flat_layers"}),
     }
     examples: ClassVar[tuple[str, ...]] = (
         "swin_tiny_patch4_window7_224.ms_in22k",

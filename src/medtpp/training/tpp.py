@@ -6,7 +6,6 @@ otherwise warm a new one up alone; train target parameters and head together on 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -162,7 +161,7 @@ def resolve_tpp(
     options = resolve_stage(
         options,
         passes=40,
-        batch_size=min(64, max(8, TOKENS // math.prod(spec.grid))),
+        batch_size=min(64, max(8, TOKENS // spec.effort)),
         cases=images,
         limits=(200, 2000),
         learning_rate=learning_rate,
