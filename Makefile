@@ -31,11 +31,12 @@ lint: install
 types: install
 	$(BIN)/mypy
 
+# A process per core, each with one thread; a file stays in one process, which makes what its tests share once.
 unit: install
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --dist loadfile
 
 slow: install
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest -n auto -m slow
 
 clean:
 	rm -rf .venv $(DEMO)

@@ -1,23 +1,20 @@
-"""What the benchmarks share: sizes, timing, memory, the machine, radiographs as JPEG files."""
+"""What the benchmarks share: sizes, timing, memory, radiographs as JPEG files."""
 
 from __future__ import annotations
 
-import os
-import platform
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from PIL import Image
 
 from medtpp.data.phantom import generate
+from medtpp.training.memory import PeakMemory
 
 PACKAGES = ("medtpp", "torch", "torchvision", "timm", "peft", "lightning", "transformers", "accelerate", "pillow")
 SKIPPED = 2  # steps before the clock starts: first allocations, and the checks that `fit` makes in them
@@ -118,35 +115,9 @@ def ratios(results: dict[str, list[float]], above: str, below: str) -> list[floa
 
 def peak_growth(train: Callable[[], Any], device: str) -> float:
     """MiB that training adds at its peak: allocated on the GPU in all, or resident memory on top of what was there."""
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        train()
-        return torch.cuda.max_memory_allocated() / 2**20
-    before = psutil.Process().memory_info().rss
-    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here on
+    memory = PeakMemory(torch.device(device))
     train()
-    return peak_memory() - before / 2**20
-
-
-def peak_memory() -> float:
-    """MiB of resident memory that this process has had at most (Linux), since it began or the count was cleared."""
-    status = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) / 2**10 for line in status if line.startswith("VmHWM"))
-
-
-def machine(sizes: Sizes) -> dict[str, Any]:
-    """What a reader needs to judge the numbers."""
-    return {
-        "system": platform.platform(),
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
-        "device": torch.cuda.get_device_name() if sizes.device == "cuda" else "cpu",
-        "threads": torch.get_num_threads(),
-        "load_average": [round(value, 2) for value in os.getloadavg()],
-        "python": platform.python_version(),
-        "packages": {name: _version(name) for name in PACKAGES},
-    }
+    return memory.added_mib()
 
 
 def summary(values: list[float]) -> float:
@@ -166,19 +137,3 @@ def make_radiographs(folder: Path, count: int, file_size: tuple[int, int]) -> li
         paths.append(folder / f"{number:04d}.jpg")
         Image.fromarray(np.rint(grainy.clip(0, 255)).astype(np.uint8)).save(paths[-1], quality=90)
     return paths
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor()

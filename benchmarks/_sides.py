@@ -15,32 +15,22 @@ import torch
 from torch import Tensor, nn
 
 from _common import Clock, Sizes
-from medtpp import backbones, tuners
-from medtpp.config import PRETEXTS, TASKS, TUNERS, AugmentOptions, HardwareOptions, LoggingOptions
-from medtpp.data.augment import Augmenter, resolve
+from medtpp import backbones
+from medtpp.config import PRETEXTS, TUNERS, AugmentOptions, HardwareOptions
+from medtpp.data.augment import resolve
 from medtpp.data.batches import BatchStream
 from medtpp.data.cache import build
 from medtpp.data.case import Case
 from medtpp.data.preprocess import Preprocessing
 from medtpp.seeds import Draws, Seeds
-from medtpp.training.device import make_fabric
-from medtpp.training.finetune import SupervisedModule
-from medtpp.training.loop import Group, Hooks, Schedule, fit
-from medtpp.training.stage import PretextModule
+from medtpp.training.loop import Stream
+from medtpp.workflow.bench import RATE, Trainee, fixed_batch, pixels
 
 warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # about itself
 
 SEEDS = Seeds(0)
-RATE = 1e-3
 MEAN, STD = (0.5,) * 3, (0.5,) * 3  # timm's, of the architecture
 CROP_MIN = float(resolve(AugmentOptions(), "xray").crop_min)
-
-
-def pixels(sizes: Sizes) -> Tensor:
-    """(B, 3, S, S) uint8, one fixed batch."""
-    return torch.randint(
-        0, 256, (sizes.batch, 3, sizes.image_size, sizes.image_size), dtype=torch.uint8, generator=SEEDS.generator("x")
-    )
 
 
 class Medtpp:
@@ -54,43 +44,24 @@ class Medtpp:
 
     def __init__(self, sizes: Sizes, *, supervised: bool = False, augment: bool = False) -> None:
         self.sizes = sizes
-        backbone = backbones.load(sizes.architecture, weights="random", image_size=sizes.image_size)
-        self.tuned = tuners.attach(backbone, TUNERS.get("lora").Options(rank=sizes.rank), seed=SEEDS)
-        augmenter = Augmenter(AugmentOptions(), "xray")
-        if supervised:
-            options = TASKS.get("classification").Options()
-            self.head = TASKS.get("classification")(options, backbone.spec, ("no", "yes"), False, SEEDS)
-            self.module: nn.Module = SupervisedModule(self.tuned, self.head, augmenter)
-        else:
-            options = PRETEXTS.get("mae").Options(
-                mask_ratio=sizes.mask_ratio, decoder_depth=sizes.decoder_depth, decoder_width=sizes.decoder_width
-            )
-            self.head = PRETEXTS.get("mae")(options, backbone.spec, SEEDS)
-            self.module = PretextModule(self.tuned, self.head, augmenter if augment else None)
+        mae = PRETEXTS.get("mae").Options(
+            mask_ratio=sizes.mask_ratio, decoder_depth=sizes.decoder_depth, decoder_width=sizes.decoder_width
+        )
+        self.trainee = Trainee(
+            backbones.load(sizes.architecture, weights="random", image_size=sizes.image_size),
+            TUNERS.get("lora").Options(rank=sizes.rank),
+            None if supervised else mae,
+            augment=augment,
+        )
+        self.tuned = self.trainee.tuned
+        self.head: Any = self.trainee.head
 
-    def train(self, steps: int, clock: Clock, stream: BatchStream | None = None) -> None:
+    def train(self, steps: int, clock: Clock, stream: Stream | None = None) -> None:
         """Train from where it is, on one fixed batch unless a stream is given."""
         sizes = self.sizes
-        fabric = make_fabric(HardwareOptions(accelerator=sizes.device, precision=sizes.precision), LoggingOptions())
-        groups = [
-            Group("tuner", self.tuned.targets, RATE),
-            Group("head", dict(self.head.named_parameters()), RATE),
-        ]
-        with contextlib.redirect_stderr(io.StringIO()):  # progress
-            fit(
-                fabric,
-                self.module,
-                groups,
-                stream or self.fixed(),
-                Schedule(steps),
-                hooks=Hooks(lambda done, total: clock.step(done)),  # noqa: ARG005
-            )
-
-    def fixed(self) -> BatchStream:
-        """The same images in every step."""
-        count = np.arange(self.sizes.batch)
-        targets = torch.arange(self.sizes.batch) % 2
-        return BatchStream(pixels(self.sizes).numpy(), count, count, targets, self.sizes.batch, SEEDS)
+        hardware = HardwareOptions.model_validate({"accelerator": sizes.device, "precision": sizes.precision})
+        batches = stream or fixed_batch(sizes.batch, sizes.image_size)
+        self.trainee.train(hardware, batches, steps, clock.step)
 
     def from_files(self, files: Sequence[Path], folder: Path) -> BatchStream:
         """Decode the files into a cache in `folder`: grey, as `medtpp` finds them to be."""
@@ -165,7 +136,7 @@ class Transformers:
                 report_to=[],
                 disable_tqdm=True,
             )
-            batch = {"pixel_values": (pixels(sizes).float() / 255 - MEAN[0]) / STD[0]}
+            batch = {"pixel_values": (pixels(sizes.batch, sizes.image_size).float() / 255 - MEAN[0]) / STD[0]}
             fixed = data is None
             trainer = Trainer(
                 model=self.model,
@@ -224,7 +195,7 @@ def _stack(rows: list[Tensor]) -> dict[str, Tensor]:
 def check_work(sizes: Sizes) -> dict[str, dict[str, int]]:
     """Counts of both sides' work, read off the networks and one forward pass."""
     ours, theirs = Medtpp(sizes), Transformers(sizes)
-    images = pixels(sizes)[:1].float() / 255
+    images = pixels(sizes.batch, sizes.image_size)[:1].float() / 255
     first = "blocks.0"
     with _seen(ours.tuned.encoder.get_submodule(first), ours.head.get_submodule(first)) as seen, torch.no_grad():
         ours.head.loss(ours.tuned, images, Draws(torch.zeros(1, dtype=torch.int64)))

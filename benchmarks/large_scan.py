@@ -27,13 +27,13 @@ import torch
 from scipy.ndimage import gaussian_filter
 
 import medtpp
-from _common import peak_memory
 from medtpp import backbones, tuners
 from medtpp.adapter import AdapterCard, BackboneCard, TaskCard, make_task, save_adapter
 from medtpp.config import TASKS, TUNERS, BackboneOptions, Window
 from medtpp.data.volume_plan import VOXELS, patch_shape
 from medtpp.data.volume_preprocess import VolumePreprocessing
 from medtpp.seeds import Seeds
+from medtpp.training.memory import PeakMemory
 
 SHAPE, SPACING = (300, 512, 512), (1.0, 0.7, 0.7)  # slices, rows, columns; mm
 PATCH_SIZE = (4, 8, 8)
@@ -86,12 +86,13 @@ def write_adapter(folder: Path, spacing: float) -> tuple[int, ...]:
 def segment(folder: Path, threads: int) -> dict[str, Any]:
     """Peak memory of this process in MiB, and seconds by what they were spent on."""
     torch.set_num_threads(threads)
+    memory = PeakMemory(torch.device("cpu"))
     adapter = medtpp.load_adapter(folder / "adapter")
     began = time.perf_counter()
     done = medtpp.predict(adapter, folder / "scans", folder / "masks")
     return {
         "seconds": {"all": time.perf_counter() - began, **done.seconds},
-        "peak_memory_mib": peak_memory(),
+        "peak_memory_mib": memory.mib(),
         "done": done.done,
     }
 

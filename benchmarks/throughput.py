@@ -31,11 +31,11 @@ from pathlib import Path
 import torch
 
 from _common import (
+    PACKAGES,
     SKIPPED,
     Clock,
     Sizes,
     interleaved,
-    machine,
     make_radiographs,
     peak_growth,
     quick,
@@ -45,7 +45,7 @@ from _common import (
 )
 from _sides import Medtpp, Transformers, check_work
 from medtpp.data.batches import BatchStream
-from medtpp.training.device import choose_accelerator, choose_precision
+from medtpp.training.device import choose_accelerator, choose_precision, describe_machine
 
 PARTS = "ABCD"
 WORKERS = min(os.cpu_count() or 1, 8)  # of the other side's DataLoader
@@ -244,7 +244,7 @@ def main() -> None:
     device = choose_accelerator(args.device)
     precision, reason = choose_precision(args.precision, device)
     sizes = (quick if args.quick else Sizes)(device, precision)
-    computer = machine(sizes)
+    computer = describe_machine(device, PACKAGES)
     print(f"{computer['processor']}, {device}, {computer['threads']} threads, precision {precision}: {reason}")
     print(f"load average {computer['load_average'][0]} before the start")
     work = check_work(sizes) if "B" in parts else None

@@ -18,6 +18,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 import medtpp
+from medtpp import backbones
 from medtpp.config import BACKBONES, PRETEXTS, TASKS, TUNERS, experiment_schema
 from medtpp.training.tpp import refusal
 
@@ -120,7 +121,7 @@ def backbone_table() -> str:
 
 
 def exceptions() -> str:
-    """The pairs of tuner and pretext task that TPP refuses."""
+    """The pairs of tuner and pretext task that TPP refuses, and what does not go with each kind of backbone."""
     found: dict[str, list[str]] = {}
     for tuner in TUNERS.names():
         for name, pretext in PRETEXTS.items():
@@ -131,7 +132,15 @@ def exceptions() -> str:
         f"- {reason}: not with {'any task' if len(tasks) == len(PRETEXTS.names()) else ', '.join(tasks)}"
         for reason, tasks in found.items()
     ]
-    return "\n".join(lines) + "\n"
+    lacking: dict[tuple[str, str], list[str]] = {}
+    every = frozenset.intersection(*backbones.kinds().values())
+    for name, method in (*TUNERS.items(), *PRETEXTS.items()):
+        without = [kind for kind, capabilities in backbones.kinds().items() if not method.needs <= capabilities]
+        if without:
+            words = backbones.describe_lacking(method.needs, every)
+            lacking.setdefault((words, ", ".join(without)), []).append(f"`{name}`")
+    lines += [f"- {', '.join(names)}: need {words}; not with {kinds}" for (words, kinds), names in lacking.items()]
+    return "\n".join(textwrap.fill(line, 118, subsequent_indent="  ", break_on_hyphens=False) for line in lines) + "\n"
 
 
 def readme(text: str) -> str:
@@ -214,6 +223,8 @@ def _load(architecture: str) -> Any:
 
 
 def _count(architecture: str, tuner: str) -> str:
+    if not TUNERS.get(tuner).needs <= _load(architecture).spec.capabilities:
+        return ""
     model = medtpp.attach(copy.deepcopy(_load(architecture)), tuner)
     return f"{sum(parameter.numel() for parameter in model.targets.values()):,}"
 

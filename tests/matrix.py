@@ -1,10 +1,12 @@
 """What combinations there are: every tuner x every pretext task x every kind of backbone.
 
 Tuners and pretext tasks come from the registries, so that a new one runs through the contract without an edit here. The
-backbones are the smallest networks that have each kind's peculiarities; timm knows them by name, so that they load from
-a folder like any other, and `peft` finds them too. `make test` runs a cover of pairs, `make slow` the rest.
+backbones are the smallest networks that have each kind's peculiarities. Those of timm are known to it by name, so that
+they load from a folder like any other, and `peft` finds them too; those of transformers load from folders as its
+`save_pretrained` writes them. `make test` runs a cover of pairs, `make slow` the rest.
 """
 
+import json
 from functools import cache, partial
 from itertools import combinations
 from pathlib import Path
@@ -13,6 +15,7 @@ from tempfile import TemporaryDirectory
 import pytest
 import timm
 import torch
+from safetensors.torch import load_file
 from timm.models import register_model
 from timm.models.beit import Beit
 from timm.models.convnext import ConvNeXt
@@ -23,6 +26,7 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer_v2 import SwinTransformerV2
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
+from transformers import AutoModel, Dinov2WithRegistersConfig, Dinov2WithRegistersModel, ViTConfig, ViTModel
 
 from medtpp import backbones, tuners
 from medtpp.adapter import AdapterCard, BackboneCard
@@ -78,6 +82,17 @@ _PYRAMIDS = {
     "medtpp_test_densenet": partial(DenseNet, growth_rate=8, block_config=(2, 2)),
 }  # fmt: skip
 
+_HF = {"image_size": SIZE, "patch_size": PATCH, "hidden_size": WIDTH, "num_hidden_layers": DEPTH,
+       "num_attention_heads": 2, "hidden_dropout_prob": 0.2, "attention_probs_dropout_prob": 0.2}  # fmt: skip
+_TRANSFORMERS = {
+    # Queries, keys and values apart; blocks that are called with keywords.
+    "transformers_vit": lambda: ViTModel(ViTConfig(intermediate_size=4 * WIDTH, **_HF)),
+    # Registers, LayerScale and a gated MLP.
+    "transformers_dinov2": lambda: Dinov2WithRegistersModel(
+        Dinov2WithRegistersConfig(use_swiglu_ffn=True, drop_path_rate=0.3, layerscale_value=0.3, **_HF)
+    ),
+}
+
 
 def _entry(name, kind, module):
     def build(pretrained=False, pretrained_cfg=None, pretrained_cfg_overlay=None, cache_dir=None, **kwargs):
@@ -97,7 +112,8 @@ for _name, _kind in _PYRAMIDS.items():
 # `full` moves every weight, and RandLoRA scales its update up: small departures when perturbed.
 PERTURBATION = {"full": 0.01, "randlora": 0.005}
 _FOLDERS = TemporaryDirectory(prefix="medtpp-matrix-")  # goes when the process ends
-VARIANTS = (*_KINDS, *_PYRAMIDS)
+TIMM = tuple(_KINDS)
+VARIANTS = (*TIMM, *_PYRAMIDS, *_TRANSFORMERS)
 
 
 def params(cells: list[tuple[str, ...]]) -> list:
@@ -128,8 +144,8 @@ def pairwise(cells: list[tuple[str, ...]]) -> set[tuple[str, ...]]:
 
 @cache
 def backbone_folder(variant: str) -> Path:
-    """A backbone folder with weights none of which is zero or one, so that every one of them matters."""
-    network = timm.create_model(variant)
+    """A folder with weights none of which is zero or one, so that every one of them matters."""
+    network = _TRANSFORMERS[variant]() if variant in _TRANSFORMERS else timm.create_model(variant)
     with Seeds(0).scope("matrix", variant), torch.no_grad():
         for parameter in network.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
@@ -137,6 +153,11 @@ def backbone_folder(variant: str) -> Path:
             if "running_" in name:
                 buffer.add_(torch.rand_like(buffer) * 0.2)
     folder = Path(_FOLDERS.name) / variant
+    if variant in _TRANSFORMERS:
+        network.save_pretrained(folder)
+        processor = {"image_mean": [0.5] * 3, "image_std": [0.25] * 3}
+        (folder / "preprocessor_config.json").write_text(json.dumps(processor), encoding="utf-8")
+        return folder
     card = {"architecture": variant, "image_size": SIZE, "channels": 3, "mean": [0.5] * 3, "std": [0.25] * 3}
     save_backbone(folder, network.state_dict(), {}, {**card, "objective": "unknown"}, Fingerprints())
     return folder
@@ -147,12 +168,33 @@ def options(variant: str) -> BackboneOptions:
     folder = backbone_folder(variant)
     if variant in _PYRAMIDS:
         return BackboneOptions(name=variant, weights=str(folder / "model.safetensors"))
-    return BackboneOptions(name=str(folder))
+    return BackboneOptions(name=f"transformers:{folder}" if variant in _TRANSFORMERS else str(folder))
 
 
 def load(variant: str) -> backbones.Backbone:
     """A new backbone of this kind; the same bits each time."""
     return backbones.load(options(variant), image_size=SIZE)
+
+
+def plain_network(variant: str) -> nn.Module:
+    """The network as its own library loads it; `plain_tokens` are what it gives."""
+    if variant in _TRANSFORMERS:
+        return AutoModel.from_pretrained(backbone_folder(variant))
+    network = timm.create_model(variant)
+    network.load_state_dict(load_file(backbone_folder(variant) / "model.safetensors"))
+    return network
+
+
+def plain_tokens(network: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """What a network of `plain_network`, or `peft` inside it, makes of images in [0, 1]."""
+    images = (images - 0.5) / 0.25
+    if not hasattr(network, "forward_features"):
+        return network(images)[0]
+    features = network.forward_features(images)
+    if features.ndim == 3:
+        return features
+    # A map: of Swin (B, H, W, D), of ConvNets (B, D, H, W).
+    return features.flatten(1, 2) if hasattr(network, "patch_embed") else features.flatten(2).transpose(1, 2)
 
 
 @cache

@@ -84,7 +84,7 @@ def test_the_folder_holds_what_it_should_and_no_pickle(saved):
     for path in saved.iterdir():
         with pytest.raises((pickle.UnpicklingError, ValueError, EOFError, IndexError, KeyError)):
             pickle.loads(path.read_bytes())
-    assert set(read_card(saved).versions) == {"python", "medtpp", "torch", "timm", "peft"}
+    assert set(read_card(saved).versions) == {"python", "medtpp", "torch", "timm", "transformers", "peft"}
     readme = (saved / "README.md").read_text()
     assert "lora" in readme
     assert "a, b, c" in readme

@@ -8,6 +8,7 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
 
 from medtpp import backbones
 from medtpp.backbones.base import Features, hash_state
@@ -283,25 +284,45 @@ def test_find_tells_what_it_looked_for():
         backbones.find(Classifier(make("vit"), make("eva")), (48, 48))
 
 
-def test_training_attention_is_chosen_where_it_pays_and_put_back():
-    blocks = backbones.load("vit_tiny_patch16_224", weights="random", image_size=32).encoder.blocks
-    tokens = torch.zeros(1, 5, 192)
+class TestTrainingAttention:
+    """Attention by plain matrix products, where CPUs are quicker with it."""
 
-    def fused():
-        return {block.attn.fused_attn for block in blocks}
+    def heads(self):
+        generator = torch.Generator().manual_seed(0)
+        packed = torch.randn(2, 5, 3, 4, 16, generator=generator).bfloat16().requires_grad_()
+        return packed, packed.permute(2, 0, 3, 1, 4).unbind(0)  # (B, heads, N, d) each
 
-    assert fused() == {True}
-    with backbones.training_attention(blocks, tokens):
-        assert fused() == {True}, "float32 has a quick kernel"
-    with torch.autocast("cpu", torch.bfloat16):
-        with torch.no_grad(), backbones.training_attention(blocks, tokens):
-            assert fused() == {True}, "nothing goes backward"
-        with backbones.training_attention(blocks, torch.zeros(1, 601, 192)):
-            assert fused() == {True}, "long sequences would take too much memory"
-        with pytest.raises(KeyboardInterrupt), backbones.training_attention(blocks, tokens):  # noqa: PT012
-            assert fused() == {False}
-            raise KeyboardInterrupt
-    assert fused() == {True}
+    def is_plain(self, tokens, **options):
+        heads = [part.to(options.pop("dtype", part.dtype)) for part in self.heads()[1]]
+        with backbones.training_attention(tokens):
+            return "Plain" in type(scaled_dot_product_attention(*heads, **options).grad_fn).__name__
+
+    def test_it_is_chosen_where_it_pays(self):
+        tokens = torch.zeros(1, 5, 64)
+        assert not self.is_plain(tokens), "float32 has a quick kernel"
+        with torch.autocast("cpu", torch.bfloat16):
+            assert self.is_plain(tokens, attn_mask=None, dropout_p=0.0, is_causal=False)
+            assert not self.is_plain(torch.zeros(1, 601, 64)), "long sequences would take too much memory"
+            assert not self.is_plain(tokens, is_causal=True)
+            assert not self.is_plain(tokens, attn_mask=torch.zeros(5, 5, dtype=torch.bfloat16))
+            with torch.no_grad():
+                assert not self.is_plain(tokens), "nothing goes backward"
+
+    def test_it_is_torch_s_and_keeps_no_copies(self):
+        (packed, heads), (plain_packed, plain_heads) = self.heads(), self.heads()
+        expected = scaled_dot_product_attention(*heads)
+        kept = []
+        with (
+            torch.autocast("cpu", torch.bfloat16),
+            torch.autograd.graph.saved_tensors_hooks(lambda kept_one: kept.append(kept_one) or kept_one, lambda x: x),
+            backbones.training_attention(torch.zeros(1, 5, 64)),
+        ):
+            found = scaled_dot_product_attention(*plain_heads)
+        torch.testing.assert_close(found, expected, rtol=0.02, atol=0.01)
+        assert [value.untyped_storage().data_ptr() for value in kept[:3]] == [plain_packed.data_ptr()] * 3
+        for value in (expected, found):
+            value.backward(expected.detach())
+        torch.testing.assert_close(plain_packed.grad, packed.grad, rtol=0.05, atol=0.02)
 
 
 def test_the_default_backbone_comes_with_the_package():

@@ -329,7 +329,7 @@ def test_options_belong_to_the_tuner_that_was_named():
 
 def test_loras_other_starts_are_arms():
     written = experiment("tuner.rank=2", "finetune.learning_rate=0.5")
-    axes = Axes(tuners=("lora",), inits=("standard", "tpp", "pissa", "olora", "eva"), labels=(12,), seeds=1)
+    axes = Axes(tuners=("lora",), inits=("standard", "tpp", "pissa", "olora", "eva", "lora_ga"), labels=(12,), seeds=1)
     base = base_experiment(written, axes)
     made = {cell.arm.init: cell_experiment(base, cell) for cell in axes.cells(written)}
     assert {init: one.tuner.start for init, one in made.items()} == {
@@ -338,6 +338,7 @@ def test_loras_other_starts_are_arms():
         "pissa": "pissa",
         "olora": "olora",
         "eva": "eva",
+        "lora_ga": "lora_ga",
     }
     assert [init for init, one in made.items() if one.tpp.enabled] == ["tpp"]
     assert {one.tuner.rank for one in made.values()} == {2}

@@ -246,6 +246,15 @@ def test_a_backbone_folder_is_remembered_by_its_whole_path(monkeypatch):
     assert load_experiment(Path("data"), ["backbone.name=medtpp_vit_tiny"]).backbone.name == "medtpp_vit_tiny"
 
 
+def test_so_is_a_folder_of_transformers(tmp_path, monkeypatch):
+    (tmp_path / "vit").mkdir()
+    (tmp_path / "vit" / "config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    for name, remembered in (("vit", tmp_path / "vit"), ("owkin/phikon", "owkin/phikon")):
+        experiment = load_experiment(Path("data"), [f"backbone.name=transformers:{name}"])
+        assert experiment.backbone.name == f"transformers:{remembered}"
+
+
 def test_unlabelled_folders_add_up(tmp_path):
     file = tmp_path / "experiment.yaml"
     file.write_text("data:\n  path: x\n  unlabelled: [a]\n")

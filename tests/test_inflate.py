@@ -71,7 +71,7 @@ def place(*index):
 
 
 @pytest.mark.parametrize("patch", [(4, 8, 8), (1, 8, 8), (3, 16, 4), (2, 12, 6)])
-@pytest.mark.parametrize("variant", matrix.VARIANTS)
+@pytest.mark.parametrize("variant", matrix.TIMM)
 @torch.no_grad()
 def test_a_volume_constant_in_depth_has_the_features_of_the_image(variant, patch):
     size = (2 * patch[1], 3 * patch[2])
@@ -93,7 +93,7 @@ def test_without_prefix_tokens_so_do_several_slices_of_patches():
     torch.testing.assert_close(solid.tokens, flat.tokens.repeat(1, 2, 1), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("variant", matrix.VARIANTS)
+@pytest.mark.parametrize("variant", matrix.TIMM)
 @torch.no_grad()
 def test_the_order_of_visible_patches_does_not_matter(variant):
     backbone, images = tell_depths_apart(load(variant)), volumes()
@@ -122,7 +122,7 @@ def test_patches_are_numbered_by_depth_row_and_column(index):
     assert same.sum() == len(images)
 
 
-@pytest.mark.parametrize("variant", matrix.VARIANTS)
+@pytest.mark.parametrize("variant", matrix.TIMM)
 @torch.no_grad()
 def test_depth_is_told_apart_once_it_is_learnt_masked_or_not(variant):
     backbone, images = load(variant), torch.full((1, 1, *SIZE), 0.3)
@@ -193,7 +193,7 @@ def test_by_default_volumes_and_patches_are_cubes_of_the_backbones_own_size():
 # Weights
 
 
-@pytest.mark.parametrize("variant", matrix.VARIANTS)
+@pytest.mark.parametrize("variant", matrix.TIMM)
 def test_the_source_is_that_of_the_image_backbone(variant):
     backbone = load(variant, (6, 20, 30), (3, 10, 10))
     stored = {

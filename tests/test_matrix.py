@@ -4,7 +4,6 @@ import copy
 
 import peft
 import pytest
-import timm
 import torch
 from safetensors.torch import load_file
 from torch.nn.functional import cosine_similarity
@@ -218,7 +217,7 @@ class TestTPP:
         source, before, head_before = tuned.source_hash(), snapshot(tuned), snapshot(head)
         trained = [*tuned.targets.values(), *head.parameters()]
         losses = matrix.descend(lambda: head.loss(tuned, images, draws)[0], trained, 6, 1e-3)
-        assert losses[-1] < 0.995 * losses[0]
+        assert losses[-1] < 0.999 * losses[0]
         assert changed(tuned, before) == tuned.targets.keys()
         assert changed(head, head_before) == {name for name, _ in head.named_parameters()}
         assert tuned.source_hash() == source
@@ -278,11 +277,12 @@ class TestTPP:
 
 
 def entering_a_block(tuned):
-    """Token counts that the blocks see, noted at each call of their attention."""
+    """Token counts that the blocks see, noted at each call of their attention's projection."""
     seen = []
-    for path in tuned.layout.blocks:
-        attention = tuned.encoder.get_submodule(path).attn
-        attention.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[1]))
+    paths = tuned.layout.paths("attention.projection")
+    assert len(paths) == matrix.DEPTH
+    for path in paths:
+        tuned.encoder.get_submodule(path).register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
     return seen
 
 
@@ -325,11 +325,7 @@ def test_peft_reads_the_adapters_of_its_methods(tuner, variant, tmp_path):
     if "peft_type" not in tuned.adapter_config():
         pytest.skip("peft does not have this method")
     save_adapter(tmp_path, tuned, matrix.card_of(tuner, variant))
-    network = timm.create_model(variant)
-    network.load_state_dict(load_file(matrix.backbone_folder(variant) / "model.safetensors"))
-    model = peft.PeftModel.from_pretrained(network, str(tmp_path)).eval()
+    model = peft.PeftModel.from_pretrained(matrix.plain_network(variant), str(tmp_path)).eval()
     with torch.no_grad():
-        features = model.base_model.model.forward_features((images - 0.5) / 0.25)
-    if features.ndim == 4:  # a map, (B, D, H, W) or (B, H, W, D)
-        features = features.flatten(1, 2) if tuned.source.anatomy.channels_last else features.flatten(2).transpose(1, 2)
+        features = matrix.plain_tokens(model.base_model.model, images)
     torch.testing.assert_close(features, tokens(tuned, images), atol=1e-5, rtol=1e-5)

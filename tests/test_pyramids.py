@@ -82,7 +82,7 @@ def test_tasks_that_drop_patches_are_refused(pretext):
         make_pretext(PRETEXTS.get(pretext).Options(), matrix.load("medtpp_test_swin"), Seeds(0))
 
 
-@pytest.mark.parametrize("start", ["pissa", "olora", "eva"])
+@pytest.mark.parametrize("start", ["pissa", "olora", "eva", "lora_ga"])
 def test_starts_from_weights_need_linear_layers(start):
     options = TUNERS.get("lora").Options(start=start)
     tuners.attach(matrix.load("medtpp_test_convnext"), options, images=matrix.images(4))

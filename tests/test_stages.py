@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 import stages
 from medtpp import backbones, tuners
 from medtpp.adapter import load_adapter, read_card
+from medtpp.backbones.base import PLAIN_VIT
 from medtpp.backbones.folder import seen_by
 from medtpp.config import TUNERS, AugmentOptions
 from medtpp.data.augment import Augmenter
@@ -24,8 +25,8 @@ from medtpp.training.finetune import run_finetune
 from medtpp.training.loop import Group
 from medtpp.training.pretrain import run_pretrain
 from medtpp.training.resume import RESUME
-from medtpp.training.stage import PretextModule
-from medtpp.training.tpp import make_pretext, resolve_tpp, run_tpp, warm_up_heads
+from medtpp.training.stage import PretextModule, warm_up_heads
+from medtpp.training.tpp import make_pretext, resolve_tpp, run_tpp
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +127,7 @@ def test_a_killed_stage_ends_in_the_same_bits(stage, phantoms, tmp_path, monkeyp
     assert killed["best"] == whole["best"]
 
 
-@pytest.mark.parametrize("tuner", TUNERS.names())
+@pytest.mark.parametrize("tuner", [name for name, method in TUNERS.items() if method.needs <= PLAIN_VIT])
 def test_every_tuner_goes_through_both_stages(tuner, phantoms, tmp_path):
     sections = {"tuner": {"name": tuner}}
     if TUNERS.get(tuner).needs_grid:
@@ -282,6 +283,23 @@ def test_head_warm_up_leaves_no_gradients_behind(phantoms):
     for parameter in tuned.targets.values():
         assert parameter.requires_grad
         assert parameter.grad is None
+
+
+def test_the_head_of_a_task_can_be_trained_alone_first(phantoms, tmp_path):
+    """With a rate of nothing, the targets stay where they start; the head has learnt by the warm-up alone."""
+    stiff = {"steps": 2, "learning_rate": 1e-12, "head_learning_rate": 1e-12}
+    inputs = stages.finetune_inputs(phantoms, finetune={**stiff, "head_warmup": 0})
+    run_finetune(inputs, tmp_path / "without")
+    run_finetune(stages.finetune_inputs(phantoms, finetune={**stiff, "head_warmup": 3}), tmp_path / "at-no-rate")
+    learning = {**stiff, "head_learning_rate": 0.1, "head_warmup": 3}
+    run_finetune(stages.finetune_inputs(phantoms, finetune=learning), tmp_path / "with")
+    tuned, heads = (
+        {name: load_file(tmp_path / name / "adapter" / file) for name in ("without", "at-no-rate", "with")}
+        for file in ("adapter_model.safetensors", "head.safetensors")
+    )
+    close(tuned["with"], tuned["without"], atol=1e-9)
+    close(heads["at-no-rate"], heads["without"], atol=1e-9)
+    assert not torch.allclose(heads["with"]["linear.weight"], heads["without"]["linear.weight"], atol=1e-3)
 
 
 def test_tampered_backbone_weights_are_refused(pretrained, tmp_path):

@@ -278,6 +278,33 @@ class TestStarts:
         agreement = (layer.lora_A["default"].weight @ main.T).abs().diagonal()
         torch.testing.assert_close(agreement, torch.ones(8), rtol=0, atol=1e-3)
 
+    def test_lora_ga_starts_along_the_gradient(self):
+        """The first step then changes each weight in the directions that full fine-tuning would change it in most."""
+        images, plain = matrix.images(), matrix.load(VARIANT)
+        tuned = tuners.attach(matrix.load(VARIANT), LoRAOptions(start="lora_ga"))
+        expected = plain.encode(images).tokens
+
+        def losses(backbone):
+            for part in images.split(4):
+                yield backbone.encode(part).patches[..., 0].square().mean()
+
+        plain.encoder.requires_grad_(True)
+        weight = plain.encoder.blocks[1].mlp.fc1.weight
+        gradient = sum(torch.autograd.grad(loss, weight)[0] for loss in losses(plain))
+        tuned.start_from(losses(tuned), lambda values: values)
+        layer = tuned.encoder.blocks[1].mlp.fc1
+        a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        left, _, right = torch.linalg.svd(gradient, full_matrices=False)
+        scale = len(gradient) ** 0.25 / 4
+        torch.testing.assert_close((a @ right[:8].T / scale).abs().diagonal(), torch.ones(8), rtol=0, atol=1e-3)
+        torch.testing.assert_close((left[:, 8:16].T @ b / scale).abs().diagonal(), torch.ones(8), rtol=0, atol=1e-3)
+        torch.testing.assert_close(tuned.encode(images).tokens, expected, rtol=0, atol=1e-5)
+        assert tuned.source_hash() == matrix.load(VARIANT).source_hash()
+        assert {name for name, p in tuned.named_parameters() if p.requires_grad} == tuned.targets.keys()
+        before = {name: value.clone() for name, value in tuned.targets.items()}
+        tuned.start_from(losses(tuned), lambda values: values)  # once: what is trained is not started again
+        assert all(torch.equal(value, before[name]) for name, value in tuned.targets.items())
+
     def test_eva_without_images_is_refused(self):
         with pytest.raises(ConfigError, match="made from images"):
             tuners.attach(matrix.load(VARIANT), LoRAOptions(start="eva"))
@@ -287,7 +314,7 @@ class TestStarts:
             prepare(load_experiment(phantom_folder, ["tuner.start=pissa", *SETTINGS]))
 
     def test_fine_tuning_from_each(self, phantom_folder, tmp_path):
-        for start in ("pissa", "olora", "eva"):
+        for start in ("pissa", "olora", "eva", "lora_ga"):
             settings = [f"tuner.start={start}", "tpp.enabled=false", *SETTINGS, "finetune.steps=4"]
             prepared = prepare(load_experiment(phantom_folder, settings))
             adapter = finetune_stage(prepared, tmp_path / start, quiet)

@@ -137,7 +137,7 @@ def new_card(
 
 def package_versions() -> dict[str, str]:
     """Versions of what an adapter depends on."""
-    names = ("medtpp", "torch", "timm", "peft")
+    names = ("medtpp", "torch", "timm", "transformers", "peft")
     return {"python": platform.python_version(), **{name: version(name) for name in names}}
 
 

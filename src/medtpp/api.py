@@ -1,19 +1,16 @@
 """The library in a few calls, for people with a training script of their own.
 
-`tpp` takes any model with a backbone that medtpp knows and pre-trains, in place, exactly the parameters that require
-gradients. `finetune`, `save` and `predict` complete it for backbones loaded with medtpp.
+`tpp` takes any model and pre-trains, in place, exactly the parameters that require gradients. `finetune`, `save` and
+`predict` complete it for backbones loaded with medtpp.
 """
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
-import numpy as np
 import torch
 from lightning.fabric import Fabric
 from pydantic import ValidationError
@@ -22,7 +19,8 @@ from torch.utils.data import DataLoader
 
 from medtpp import backbones
 from medtpp.adapter import Adapter, TaskCard, TPPCard, new_card, save_adapter
-from medtpp.api_data import Images, UserStream, check_range, count, first_images
+from medtpp.api_data import Images, UserStream, check_range, count, first_images, scaled
+from medtpp.api_state import random_state, restored
 from medtpp.backbones import Backbone
 from medtpp.config import (
     PRETEXTS,
@@ -47,10 +45,10 @@ from medtpp.inference.segment import Segmented, SegmentOptions, segment_files
 from medtpp.seeds import Seeds
 from medtpp.tasks.base import Task
 from medtpp.training.device import choose_precision, mixed, quiet_fabric
-from medtpp.training.finetune import SupervisedModule, resolve_finetune
+from medtpp.training.finetune import SupervisedModule, first_losses, resolve_finetune
 from medtpp.training.loop import Group, Hooks, fit
-from medtpp.training.stage import PretextModule, number, schedule_of, target_groups, tuner_groups
-from medtpp.training.tpp import make_pretext, require_batches, require_pair, resolve_tpp, warm_up_heads
+from medtpp.training.stage import PretextModule, number, schedule_of, target_groups, tuner_groups, warm_up_heads
+from medtpp.training.tpp import make_pretext, natural_pretext, require_batches, require_pair, resolve_tpp
 from medtpp.tuners import TunedBackbone
 
 Adapters = Adapter | Sequence[Adapter]
@@ -83,46 +81,60 @@ class TPPRecord:
 def tpp(
     model: nn.Module,
     images: Images,
-    pretext: str | Mapping[str, Any] = "mae",
+    pretext: str | Mapping[str, Any] = "auto",
     *,
+    features: str | None = None,
     seed: int = 0,
     precision: str = "auto",
     **options: Any,
 ) -> TPPRecord:
     """Pre-train, in place, exactly the parameters of a model that require gradients, by a self-supervised task.
 
-    Modes, `requires_grad`, gradients and the global random state are afterwards as they were. After an exception the
-    parameters are so, too.
+    Modes, `requires_grad`, gradients, buffers and the global random state are afterwards as they were. After an
+    exception the parameters are so, too.
 
     Args:
-        model: A model with a backbone that medtpp knows, such as `peft.get_peft_model(timm_vit, LoraConfig(...))`,
-            or what `medtpp.attach` gave.
-        images: A tensor (N, C, H, W), a Dataset or a DataLoader; items and batches may be tuples or dicts, of which
-            the first image-like tensor is taken. Floating point, as the model's own forward takes them (normalised);
-            in [0, 1] for a model that `medtpp.attach` gave.
-        pretext: Name of the pretext task, or its options: {"name": "mae", "mask_ratio": 0.6}.
+        model: Any model, such as `peft.get_peft_model(timm_vit, LoraConfig(...))`, or what `medtpp.attach` gave. In one
+            that holds a backbone that medtpp knows, this is pre-trained; any other is called with images, and its
+            output is taken for features.
+        images: A tensor (N, C, H, W) or (N, C, D, H, W), a Dataset or a DataLoader; items and batches may be tuples or
+            dicts, of which the first image-like tensor is taken. Floating point, as the model's own forward takes them
+            (normalised); in [0, 1] for a model that `medtpp.attach` gave.
+        pretext: Name of the pretext task, or its options: {"name": "mae", "mask_ratio": 0.6}. "auto": mae where tokens
+            can be dropped, simmim where they can be masked alone, restoration where there is a grid of features with
+            steps of at most 16 pixels, byol for all else.
+        features: Name of a module, as "encoder.layer4", whose output is taken for features in place of what medtpp
+            would find; "" for the output of the whole model.
         seed: Of all draws.
         precision: "auto", "32", "bf16" or "16".
         options: Fields of `TPPOptions`: steps, batch_size, learning_rate, head_warmup, ... A DataLoader brings its own
             batch size; `learning_rate` is 1e-3 unless the tuner says otherwise.
 
     Raises:
-        ConfigError: No backbone is known, nothing can be trained, or the images or options do not fit.
+        ConfigError: The model gives no features, nothing can be trained, or the images or options do not fit.
         DataError: The images are of another size than the model's.
     """
     chosen = _options(TPPOptions, options)
-    wish = {"name": pretext} if isinstance(pretext, str) else dict(pretext)
-    pretext_options = _options(PRETEXTS.get(str(wish.get("name", "mae"))).Options, wish)
+    wish = {"name": pretext} if isinstance(pretext, str) else {"name": "auto", **pretext}
     seeds = Seeds(seed)
     wanted = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not wanted:
         raise ConfigError("No parameter of the model requires gradients: there are no target parameters to pre-train.")
     device = next(iter(wanted.values())).device
-    with _restored(model, wanted, seeds):
+    with restored(model, wanted, seeds):
         number_of_images = count(images)
         first = first_images(images)
-        backbone = model if isinstance(model, Backbone) else backbones.find(model, tuple(first.shape[2:]))
-        check_range(images if isinstance(images, Tensor) else first, unit=isinstance(model, Backbone))
+        low, high = check_range(images if isinstance(images, Tensor) else first, unit=isinstance(model, Backbone))
+        if not isinstance(model, Backbone):
+            backbone = backbones.find(model, tuple(first.shape[2:]), channels=first.shape[1], features=features)
+            backbone.take_normalised(low, high)
+        elif features is None:
+            backbone = model
+        else:
+            raise ConfigError("features names a module in a model of your own; a medtpp backbone has its features.")
+        if wish["name"] == "auto":
+            wish["name"] = natural_pretext(backbone.spec)
+        pretext_options = _options(PRETEXTS.get(str(wish["name"])).Options, wish)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in wanted)
         if isinstance(model, TunedBackbone):
@@ -131,7 +143,7 @@ def tpp(
         task, trained_head = make_pretext(pretext_options, backbone, seeds)
         task.begin(backbone)
         module = PretextModule(backbone, task).to(device)
-        reached = _reached(module, wanted, first[:8].to(device), seeds)
+        reached = _reached(module, wanted, scaled(first[:2], low, high).to(device), seeds)
         for name, parameter in wanted.items():
             parameter.requires_grad_(name in reached)
         rate = TUNERS.get(model.tuner.name).learning_rate if isinstance(model, TunedBackbone) else 1e-3
@@ -144,7 +156,7 @@ def tpp(
         if isinstance(model, TunedBackbone):
             require_pair(model.tuner.name, task)
         warmup = number(chosen.head_warmup)
-        stream = UserStream(images, None, number(chosen.batch_size), seeds)
+        stream = UserStream(images, None, number(chosen.batch_size), seeds, (low, high))
         fabric = _fabric(device, precision)
         relative = model.relative_rates if isinstance(model, TunedBackbone) else {}
         targets = target_groups(
@@ -152,7 +164,7 @@ def tpp(
         )
         head = Group("pretext", dict(task.named_parameters()), chosen.head_learning_rate)
         if warmup:
-            warm_up_heads(fabric, module, [head], targets, stream, warmup)
+            warm_up_heads(fabric, module, [head], targets, stream, warmup, module.hooks())
         record = fit(fabric, module, [*targets, head], stream, schedule_of(chosen), title="TPP", hooks=module.hooks())
     card = TPPCard(
         pretext=pretext_options.model_dump(mode="json"),
@@ -215,14 +227,18 @@ def finetune(
     head: Task = method(method.Options(), model.spec, classes, False, seeds)
     module = SupervisedModule(model, head.to(device), Augmenter(AugmentOptions(), modality))
     targets = torch.tensor([classes.index(label) for label in labels])
-    groups = [Group("head", dict(head.named_parameters()), chosen.head_learning_rate, chosen.head_weight_decay)]
-    groups += tuner_groups(model, float(chosen.learning_rate), chosen.weight_decay)
+    heads = [Group("head", dict(head.named_parameters()), chosen.head_learning_rate, chosen.head_weight_decay)]
+    tuned = tuner_groups(model, float(chosen.learning_rate), chosen.weight_decay)
     stream = UserStream(images, targets, number(chosen.batch_size), seeds)
-    with _random_state(seeds):
+    with random_state(seeds):
+        model.start_from(first_losses(module, stream, device), lambda values: values)
+        fabric = _fabric(device, precision)
+        if chosen.head_warmup and tuned:
+            warm_up_heads(fabric, module, heads, tuned, stream, chosen.head_warmup)
         fit(
-            _fabric(device, precision),
+            fabric,
             module,
-            groups,
+            [*heads, *tuned],
             stream,
             schedule_of(chosen),
             title="fine-tuning",
@@ -339,8 +355,8 @@ def _reached(
     reached = tuple(name for name, gradient in zip(wanted, gradients, strict=True) if gradient is not None)
     if not reached:
         raise ConfigError(
-            "None of the parameters that require gradients takes part in the pretext task. They may sit in a head "
-            "outside the backbone.",
+            "None of the parameters that require gradients takes part in the pretext task. They may sit outside of "
+            f'{module.backbone.spec.name}, which it trains: features="" takes the output of the whole model.',
             list(wanted)[:20],
         )
     return reached
@@ -355,43 +371,6 @@ def _options(kind: type[O], values: Mapping[str, Any]) -> O:
         raise ConfigError(
             f"There are mistakes in the options; known are {', '.join(kind.model_fields)}:", problems
         ) from error
-
-
-@contextmanager
-def _restored(model: nn.Module, wanted: Mapping[str, nn.Parameter], seeds: Seeds) -> Iterator[None]:
-    """Modes, requires_grad, gradients and random state as they were; after an exception the wanted parameters, too."""
-    modes = {module: module.training for module in model.modules()}
-    flags = {parameter: (parameter.requires_grad, parameter.grad) for parameter in model.parameters()}
-    values = {name: parameter.detach().clone() for name, parameter in wanted.items()}
-    with _random_state(seeds):
-        try:
-            yield
-        except BaseException:
-            with torch.no_grad():
-                for name, parameter in wanted.items():
-                    parameter.copy_(values[name])
-            raise
-        finally:
-            for module, training in modes.items():
-                module.training = training
-            for parameter, (requires_grad, gradient) in flags.items():
-                parameter.requires_grad_(requires_grad)
-                parameter.grad = gradient
-
-
-@contextmanager
-def _random_state(seeds: Seeds) -> Iterator[None]:
-    """Inside, the global generators, from which a user's loader and augmentation draw, start from the seed."""
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002  (the user's own global state)
-    with torch.random.fork_rng():
-        random.seed(seeds.number("python"))
-        np.random.seed(seeds.number("numpy") % 2**32)  # noqa: NPY002
-        torch.manual_seed(seeds.number("torch"))
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)  # noqa: NPY002
 
 
 def _fabric(device: torch.device, precision: str) -> Fabric:

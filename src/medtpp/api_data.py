@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
+from medtpp.backbones import tensors_in
 from medtpp.data.batches import Batch
 from medtpp.errors import ConfigError
 from medtpp.seeds import Seeds
 
 Images = Tensor | Dataset[Any] | DataLoader[Any]
 
+FEW = 8
+ITEM, BATCH = (3, 4), (4, 5)  # dimensions of one image or volume with its channels, and of several
+_NAMES = ("pixel_values", "image", "images")  # of transformers, of MONAI
 _FAR = 30.0  # normalised images rarely reach 5; raw grey levels reach 255 or thousands
 
 
@@ -27,14 +31,23 @@ class UserStream:
         targets: (N, ...) that go with a tensor of images, or None.
         batch_size: Of what is not a DataLoader; at most the number of images.
         seeds: The order of what is not a DataLoader, and all draws, come from here.
+        values: The lowest and the highest, which become 0 and 1.
 
     Attributes:
         waited: Seconds spent waiting for data; not measured.
     """
 
-    def __init__(self, images: Images, targets: Tensor | None, batch_size: int, seeds: Seeds) -> None:
+    def __init__(
+        self,
+        images: Images,
+        targets: Tensor | None,
+        batch_size: int,
+        seeds: Seeds,
+        values: tuple[float, float] = (0.0, 1.0),
+    ) -> None:
         self.waited = 0.0
         self.seeds = seeds
+        self.values = values
         if isinstance(images, DataLoader):
             self.loader = images
         else:
@@ -59,7 +72,7 @@ class UserStream:
         while step < stop:
             before = step
             for item in self.loader:
-                images = find_images(item, 4)
+                images = scaled(find_images(item, BATCH), *self.values)
                 targets = item[1] if self.has_targets else None
                 cases = torch.arange(len(images))
                 yield Batch(images, targets, cases, self.seeds.draws(torch.full_like(cases, step), cases))
@@ -87,37 +100,53 @@ def count(images: Images) -> int:
 
 
 def first_images(images: Images) -> Tensor:
-    """The first few images, (B, C, H, W)."""
+    """A few images, (B, C, *spatial), by which a model and the range of values are judged.
+
+    Of a tensor and a DataLoader the first, of a Dataset some from the whole.
+    """
     if isinstance(images, Tensor):
-        return find_images(images[:8], 4)
+        return find_images(images[:FEW], BATCH)
     if isinstance(images, DataLoader):
+        batches: list[Tensor] = []
         for item in images:
-            return find_images(item, 4)
-        raise ConfigError("The DataLoader gives no batches. Is drop_last on with fewer images than a batch?")
-    return find_images(images[0], 3)[None]
+            batches.append(find_images(item, BATCH))
+            if sum(map(len, batches)) >= FEW:
+                break
+        if not batches:
+            raise ConfigError("The DataLoader gives no batches. Is drop_last on with fewer images than a batch?")
+        return torch.cat(batches)[:FEW]
+    length = count(images)
+    places = torch.linspace(0, length - 1, min(FEW, length)).round().int().tolist()
+    return torch.stack([find_images(images[place], ITEM) for place in places])
 
 
-def find_images(item: Any, dims: int) -> Tensor:
-    """The first floating-point tensor with `dims` dimensions in a tensor, tuple, list or dict.
+def find_images(item: Any, dims: tuple[int, int]) -> Tensor:
+    """The first floating-point tensor with as many dimensions as images have, in a tensor, tuple, list or dict.
+
+    Of a dict, values whose names say that they are images come first.
+
+    Args:
+        item: What a Dataset or a DataLoader gives.
+        dims: `ITEM` or `BATCH`.
 
     Raises:
         ConfigError: There is none; integers get a hint.
     """
-    found = [value for value in _tensors(item) if value.ndim == dims]
+    found = [value for value in tensors_in(_images_first(item)) if value.ndim in dims]
     images = next((value for value in found if value.is_floating_point()), None)
     if images is not None:
-        return images
+        return images.as_subclass(Tensor)  # without what MONAI's carry along
     if found:
         raise ConfigError(
             f"Images are {found[0].dtype}; floating point is expected: in [0, 1] for a model of `medtpp.attach` "
             "(divide by 255), normalised as its own forward takes them for any other."
         )
-    shape = "(C, H, W)" if dims == 3 else "(B, C, H, W)"
-    raise ConfigError(f"No image tensor {shape} was found in {type(item).__name__} items.")
+    shape = "(C, H, W)" if dims == ITEM else "(B, C, H, W)"
+    raise ConfigError(f"No image tensor {shape}, of volumes with D before H, was found in {type(item).__name__} items.")
 
 
-def check_range(images: Tensor, *, unit: bool) -> None:
-    """Refuse values that no model takes.
+def check_range(images: Tensor, *, unit: bool) -> tuple[float, float]:
+    """The lowest and the highest value of images; (0, 1) where all lie between.
 
     Args:
         images: Some images, or all.
@@ -140,14 +169,16 @@ def check_range(images: Tensor, *, unit: bool) -> None:
             "are: normalise them as its own forward expects.",
             stacklevel=3,
         )
+    return (0.0, 1.0) if unit or (low >= 0 and high <= 1) else (low, max(high, low + 1e-3))
 
 
-def _tensors(item: Any) -> Iterator[Tensor]:
-    if isinstance(item, Tensor):
-        yield item
-    elif isinstance(item, Mapping):
-        for value in item.values():
-            yield from _tensors(value)
-    elif isinstance(item, Sequence) and not isinstance(item, str):
-        for value in item:
-            yield from _tensors(value)
+def scaled(images: Tensor, low: float, high: float) -> Tensor:
+    """Images with the values low to high brought to [0, 1], where pretext tasks change them."""
+    return images if (low, high) == (0.0, 1.0) else (images.float() - low) / (high - low)
+
+
+def _images_first(item: Any) -> Any:
+    """A dict with the values first whose names say that they are images, a mask before them being an image, too."""
+    if not isinstance(item, Mapping):
+        return item
+    return [item[name] for name in _NAMES if name in item] + list(item.values())

@@ -19,6 +19,7 @@ TUNERS: Registry[Any] = Registry("tuner", "medtpp.tuners")
 PRETEXTS: Registry[Any] = Registry("pretext", "medtpp.pretext")
 TASKS: Registry[Any] = Registry("task", "medtpp.tasks")
 SOURCES: Registry[Any] = Registry("source", "medtpp.data.sources")
+RECIPES: Registry[Any] = Registry("recipe", "medtpp.data.recipes")
 
 Modality = Literal["unknown", "xray", "ct", "mri", "ultrasound", "pathology", "microscopy", "retina", "photo"]
 Auto = Literal["auto"]
@@ -130,7 +131,10 @@ class VolumeOptions(Options):
 class DataOptions(Options):
     """Where the cases are, how they are split, and how images become tensors."""
 
-    path: Path = Field(description="folder of class folders, or a CSV manifest (or the folder that holds manifest.csv)")
+    path: Path = Field(
+        description="folder of class folders, a CSV manifest (or the folder that holds manifest.csv), or "
+        "medmnist:pneumoniamnist@224, which is downloaded"
+    )
     layout: str = Field("auto", description="name of a data layout, or auto")
     columns: ColumnOptions = ColumnOptions()
     multilabel: bool = Field(False, description="a case may have several labels, separated by label_separator")
@@ -224,6 +228,11 @@ class FinetuneOptions(StageOptions):
 
     head_learning_rate: float = Field(1e-3, gt=0, description="learning rate of the task head")
     head_weight_decay: float = Field(0.01, ge=0, description="weight decay of the task head")
+    head_warmup: int = Field(
+        0,
+        ge=0,
+        description="steps in which the head trains alone first, on features as they are (arXiv 2202.10054)",
+    )
     keep: Literal["best", "last"] = Field("best", description="which weights: best on validation, or of the last step")
     validate_every: Count | Auto = Field("auto", description="steps between validations")
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import difflib
 from typing import TYPE_CHECKING
 
+from medtpp.backbones.attention import training_attention
 from medtpp.backbones.base import (
     Backbone,
+    Branch,
     Features,
     Inflation,
     Layout,
@@ -16,8 +18,9 @@ from medtpp.backbones.base import (
     gather_tokens,
     hash_state,
     match_channels,
-    training_attention,
+    other_dims,
 )
+from medtpp.backbones.plain import tensors_in, wrap_plain
 from medtpp.config import BACKBONES, BackboneOptions
 from medtpp.errors import ConfigError
 
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Backbone",
+    "Branch",
     "Features",
     "Inflation",
     "Layout",
@@ -38,6 +42,7 @@ __all__ = [
     "load",
     "match_channels",
     "own_dims",
+    "tensors_in",
     "training_attention",
 ]
 
@@ -67,10 +72,7 @@ def load(
         if family.recognises(options.name):
             backbone: Backbone = family.build(options, image_size)
             if backbone.spec.dims != options.dims:
-                raise ConfigError(
-                    f"{options.name} encodes {backbone.spec.dims}D images alone, and backbone.dims is {options.dims}. "
-                    "medtpp_vit_tiny, folders of `medtpp pretrain` and timm's vision transformers encode volumes."
-                )
+                raise other_dims(options.name, backbone.spec.dims, int(options.dims))
             backbone.options = options
             return backbone
     examples = [example for family in BACKBONES.values() for example in family.examples]
@@ -97,22 +99,30 @@ def kinds() -> dict[str, frozenset[str]]:
     return {name: found[name] for name in sorted(found, key=lambda name: (-len(found[name]), name))}
 
 
-def find(model: nn.Module, image_size: tuple[int, ...]) -> Backbone:
-    """The backbone inside a model of one's own: the module that a family knows, wrapped, not copied.
+def find(model: nn.Module, image_size: tuple[int, ...], *, channels: int = 3, features: str | None = None) -> Backbone:
+    """The backbone inside a model of one's own: the module that a family knows, or the model as it is.
+
+    It is wrapped, not copied, and takes normalised images.
 
     Args:
-        model: Any network that holds a backbone, such as a `peft.PeftModel` of a timm ViT.
-        image_size: Spatial size of the images it will see, for networks that take any.
+        model: Any network, such as a `peft.PeftModel` of a timm ViT.
+        image_size: Spatial size of the images it will see.
+        channels: Of these images, for a model in which nothing is known.
+        features: Name of the module of the model whose output is taken, whatever is known in it: its path, or the end
+            of its path; "" for the output of the model itself.
 
     Raises:
-        ConfigError: The model holds none, or several.
+        ConfigError: The model holds several backbones, or images cannot be run through it.
     """
+    if features is not None:
+        return wrap_plain(model, image_size, channels, features)
     for family in BACKBONES.values():
         found = [backbone for module in model.modules() if (backbone := family.around(module, image_size)) is not None]
         if len(found) > 1:
-            raise ConfigError(f"The model holds {len(found)} backbones. Pass the one to pre-train.")
+            raise ConfigError(
+                f"The model holds {len(found)} backbones. Pass the one to pre-train, or name it by features=NAME."
+            )
         if found:
             wrapped: Backbone = found[0]
             return wrapped
-    kinds = "; ".join(family.summary for family in BACKBONES.values())
-    raise ConfigError(f"No backbone that medtpp knows is in this {type(model).__name__}. Known kinds: {kinds}.")
+    return wrap_plain(model, image_size, channels)

@@ -5,19 +5,15 @@ from __future__ import annotations
 import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
 from medtpp.config import BackboneOptions
 from medtpp.errors import ConfigError, DataError
-
-PLAIN_ATTENTION = 600  # tokens; 384 pixels with patches of 16 are 577
-
 
 # What a backbone may be or have, in the words of refusals: "it needs a backbone with ...".
 CAPABILITIES = {
@@ -26,9 +22,9 @@ CAPABILITIES = {
     "drops_tokens": "tokens that can be dropped (a plain vision transformer)",
     "sequence": "one sequence of tokens through all blocks (a plain vision transformer)",
     "attention": "attention (a transformer)",
-    "linear": "linear layers in its blocks",
-    "convolutions": "convolutions in its blocks",
-    "flat_layers": "linear layers or convolutions of images (not of volumes)",
+    "linear": "linear layers in the blocks",
+    "convolutions": "convolutions in the blocks",
+    "flat_layers": "linear layers, or convolutions of images and not of volumes, in the blocks",
 }
 PLAIN_VIT = frozenset({"dense", "masks", "drops_tokens", "sequence", "attention", "linear", "flat_layers"})
 
@@ -107,9 +103,25 @@ class Spec:
 
     @property
     def effort(self) -> int:
-        """Tokens of an image; of a pyramid, whose first maps are finer than its last, those of 256 pixels each."""
-        tokens, pixels = math.prod(self.grid), math.prod(self.image_size)
-        return max(tokens, pixels // 256) if self.pyramid else tokens
+        """Tokens of an image; where a network has no blocks of tokens, patches of 256 pixels count as such."""
+        if self.depth and not self.pyramid:
+            return math.prod(self.grid)
+        return math.ceil(math.prod(self.image_size) / 256)
+
+
+@dataclass(frozen=True)
+class Branch:
+    """A part of a block that is added to the tokens: after = before + factor * what its last layer gives.
+
+    Attributes:
+        start: Path of the norm that is given `before`.
+        end: Path of the norm that is given `after`, or of the block that gives it.
+        factor: Name of the encoder's parameter (D,) that is the factor, as in LayerScale; None for one.
+    """
+
+    start: str
+    end: str
+    factor: str | None
 
 
 @dataclass(frozen=True)
@@ -123,11 +135,15 @@ class Layout:
             "norm.conv". Outside: "embed.patch", "norm.embed", "downsample" and "norm.downsample" between stages,
             "norm.final".
         widths: Channels that each block gives, where they are not all the same.
+        branches: What is known of how blocks add up, by the path of the last layer of each branch.
+        kept: Paths of layers whose output autograd is known to keep as it is, for what comes next.
     """
 
     blocks: tuple[str, ...]
     roles: Mapping[str, tuple[str, ...]]
     widths: tuple[int, ...] = ()
+    branches: Mapping[str, Branch] = field(default_factory=dict)
+    kept: frozenset[str] = frozenset()
 
     def paths(self, *roles: str) -> tuple[str, ...]:
         """The paths of all modules with one of these roles."""
@@ -194,6 +210,7 @@ class Backbone(nn.Module, ABC):
         pretext_heads: State of pretext heads that came with the weights, by name of the pretext task.
         options: What it was loaded by; None for a network that was wrapped in memory.
         taken: Whether a tuner was attached to it.
+        advice: What a refusal of a pretext task adds; of networks of one's own.
     """
 
     spec: Spec
@@ -203,6 +220,7 @@ class Backbone(nn.Module, ABC):
     pretext_heads: Mapping[str, Mapping[str, Tensor]]
     options: BackboneOptions | None
     taken: bool
+    advice: str = ""
     mean: Tensor
     std: Tensor
 
@@ -263,16 +281,33 @@ class Backbone(nn.Module, ABC):
         self._check_size(images)
         return self._standardise(images)
 
+    def check_taps(self, keep: Tensor | None, taps: Sequence[int]) -> None:
+        """What `encode` asks of its arguments.
+
+        Raises:
+            ConfigError: Maps are wanted of some patches alone, or of blocks that do not exist.
+        """
+        if taps and keep is not None:
+            raise ConfigError("Feature maps need all patches: taps and keep exclude each other.")
+        if not all(0 <= tap < self.spec.depth for tap in taps):
+            kind = "stages" if self.spec.pyramid else "blocks"
+            raise ConfigError(f"There are {kind} 0 to {self.spec.depth - 1}; maps were asked of {list(taps)}.")
+
+    def take_normalised(self, low: float = 0.0, high: float = 1.0) -> None:
+        """From now on, images are what the network itself takes, with values from low to high brought to [0, 1].
+
+        `encode` gives the network the values that they had. By default nothing is done to them.
+        """
+        channels, width = self.spec.channels, high - low
+        self.spec = replace(self.spec, mean=(-low / width,) * channels, std=(1 / width,) * channels)
+        self.mean.fill_(-low / width)
+        self.std.fill_(1 / width)
+
     def _check_size(self, images: Tensor) -> None:
         expected = self.spec.image_size
         if tuple(images.shape[2:]) != expected:
             size, want = "x".join(map(str, images.shape[2:])), "x".join(map(str, expected))
             raise DataError(f"Images are {size} pixels; the backbone {self.spec.name} was loaded for {want}.")
-
-    def _check_taps(self, taps: Sequence[int]) -> None:
-        if not all(0 <= tap < self.spec.depth for tap in taps):
-            kind = "stages" if self.spec.pyramid else "blocks"
-            raise ConfigError(f"There are {kind} 0 to {self.spec.depth - 1}; maps were asked of {list(taps)}.")
 
     def _standardise(self, images: Tensor) -> Tensor:
         return (match_channels(images, self.spec.channels) - self.mean) / self.std
@@ -297,6 +332,21 @@ class Backbone(nn.Module, ABC):
     def source_hash(self) -> str:
         """The sha256 of `source_state()`: names, shapes, types and bits."""
         return hash_state(self.source_state())
+
+
+def other_dims(name: str, own: int, wanted: int) -> ConfigError:
+    """The error for a backbone that is asked to encode images of a number of dimensions that it cannot."""
+    return ConfigError(
+        f"{name} encodes {own}D images alone, and backbone.dims is {wanted}. "
+        "medtpp_vit_tiny, folders of `medtpp pretrain` and timm's vision transformers encode volumes."
+    )
+
+
+def per_channel(values: Sequence[float], channels: int) -> tuple[float, ...]:
+    """Means or deviations for a number of channels: as given where they are as many, else the mean of them for each."""
+    if len(values) == channels:
+        return tuple(float(value) for value in values)
+    return (sum(values) / len(values),) * channels
 
 
 def hash_state(state: Mapping[str, Tensor]) -> str:
@@ -324,24 +374,6 @@ def match_channels(images: Tensor, channels: int) -> Tensor:
         weights = images.new_tensor([0.299, 0.587, 0.114]).view(3, *[1] * (images.ndim - 2))
         return (images * weights).sum(dim=1, keepdim=True)
     raise DataError(f"Images have {given} channels; the backbone takes {channels} (or 1, or 3 for grey).")
-
-
-@contextmanager
-def training_attention(blocks: Iterable[Any], tokens: Tensor) -> Iterator[None]:
-    """Inside, timm blocks that see tokens (B, N, D) train with the quickest kind of attention.
-
-    On CPUs the backward of torch's fused attention is slower in bfloat16 than plain matrix products.
-    Those keep B x heads x N x N values per block, hence the limit to short sequences.
-    """
-    mixed = tokens.device.type == "cpu" and torch.is_autocast_enabled("cpu") and torch.is_grad_enabled()
-    fused = [block.attn for block in blocks if mixed and tokens.shape[1] <= PLAIN_ATTENTION and block.attn.fused_attn]
-    for attention in fused:
-        attention.fused_attn = False
-    try:
-        yield
-    finally:
-        for attention in fused:
-            attention.fused_attn = True
 
 
 def gather_tokens(tokens: Tensor, keep: Tensor) -> Tensor:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -92,6 +94,31 @@ def _unwrap(value: Any, path: Path) -> dict[str, Tensor]:
     raise WeightsError(f"{path} holds no state dict: no tensors under {', '.join(_WRAPPERS)} or at the top.")
 
 
+@contextmanager
+def hub_errors(name: str, instead: str) -> Iterator[None]:
+    """Turn the errors of a download into ones that say what to do.
+
+    Args:
+        name: Of the repository.
+        instead: What can be done without a network.
+
+    Raises:
+        WeightsError: The repository is gated, unknown or out of reach.
+    """
+    try:
+        yield
+    except GatedRepoError as error:
+        raise WeightsError(
+            f"{name} asks for a licence to be accepted: do so on its page at huggingface.co, then run `hf auth login`."
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise WeightsError(f"There is no hub repository {name}, or it is private (`hf auth login`).") from error
+    except OSError as error:
+        raise WeightsError(
+            f"The weights of {name} could not be downloaded ({type(error).__name__}). Without a network, {instead}"
+        ) from error
+
+
 def strip_prefix(state: Mapping[str, Tensor], anchor: str = _ANCHOR) -> dict[str, Tensor]:
     """The part of a state that holds the encoder, without its prefix (`module.`, `backbone.`, `teacher.backbone.` …).
 
@@ -120,9 +147,9 @@ def load_strict(network: nn.Module, state: Mapping[str, Tensor], path: Path | st
         for key in own.keys() & state.keys()
         if own[key].shape != state[key].shape
     }
-    problems = [f"missing: {line}" for line in _fold(own.keys() - state.keys())]
-    problems += [f"unexpected: {line}" for line in _fold(filter(_ENCODER.match, unused))]
-    problems += _fold(shapes)
+    problems = [f"missing: {line}" for line in fold(own.keys() - state.keys())]
+    problems += [f"unexpected: {line}" for line in fold(filter(_ENCODER.match, unused))]
+    problems += fold(shapes)
     if problems:
         raise WeightsError(
             f"The weights in {path} do not fit this architecture ({len(own.keys() & state.keys())} of {len(own)} names "
@@ -149,7 +176,7 @@ def describe(state: Mapping[str, Tensor]) -> str:
     )
 
 
-def _fold(lines: Iterable[str]) -> list[str]:
+def fold(lines: Iterable[str]) -> list[str]:
     """Lines that differ by a block number alone, on one line with their count."""
     folded: dict[str, list[str]] = defaultdict(list)
     for line in sorted(lines):

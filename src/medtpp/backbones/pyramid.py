@@ -69,7 +69,7 @@ class Pyramid(Backbone):
                 f"{self.spec.name} cannot drop patches, since its layers look at neighbours. Mask them instead: use a "
                 "pretext task such as simmim."
             )
-        self._check_taps(taps)
+        self.check_taps(None, taps)
         anatomy = self.anatomy
         x = self._turn(self.normalise(images))
         if mask is not None and not anatomy.cuts_patches:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import timm
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from torch import nn
 
-from medtpp.errors import ConfigError, WeightsError
+from medtpp.backbones.checkpoints import hub_errors
+from medtpp.errors import ConfigError
 from medtpp.seeds import Seeds
 
 
@@ -24,19 +24,9 @@ def create_network(name: str, arguments: dict[str, Any]) -> nn.Module:
 @contextmanager
 def readable(name: str) -> Iterator[None]:
     """Turn the errors of timm and of the hub into ones that say what to do."""
-    local = "Without a network, give a local file: --set backbone.weights=FILE."
     try:
-        yield
-    except GatedRepoError as error:
-        raise WeightsError(
-            f"{name} asks for a licence to be accepted: do so on its page at huggingface.co, then run `hf auth login`."
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise WeightsError(f"There is no hub repository {name}, or it is private (`hf auth login`).") from error
-    except OSError as error:
-        raise WeightsError(
-            f"The weights of {name} could not be downloaded ({type(error).__name__}). {local}"
-        ) from error
+        with hub_errors(name, "give a local file: --set backbone.weights=FILE."):
+            yield
     except KeyError as error:
         raise ConfigError(f"{name} is no timm model: its config.json has no {error}.") from error
     except (RuntimeError, ValueError, TypeError, AssertionError) as error:
@@ -65,13 +55,6 @@ def repository(name: str, revision: str) -> str:
     if cfg is None or not cfg.hf_hub_id:
         raise ConfigError(f"The weights of {name} are not on the hub, so there is no revision of them.")
     return f"{cfg.hf_hub_id}@{revision}"
-
-
-def per_channel(values: Sequence[float], channels: int) -> tuple[float, ...]:
-    """A mean or deviation for each channel; their mean where there is another number of them."""
-    if len(values) == channels:
-        return tuple(float(value) for value in values)
-    return (sum(values) / len(values),) * channels
 
 
 def objective_of(tag: str) -> str:

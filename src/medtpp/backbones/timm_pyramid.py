@@ -10,7 +10,7 @@ import torch
 from timm.layers import BatchNormAct2d
 from torch import nn
 
-from medtpp.backbones.base import Backbone, Layout, Spec, Stage, hash_state
+from medtpp.backbones.base import Backbone, Layout, Spec, Stage, hash_state, per_channel
 from medtpp.backbones.checkpoints import load_strict, read_checkpoint, strip_prefix
 from medtpp.backbones.inflate import require_whole, sides
 from medtpp.backbones.pyramid import Anatomy, Pyramid, bare, capabilities_of, existing
@@ -20,7 +20,6 @@ from medtpp.backbones.timm_names import (
     create_network,
     model_module,
     objective_of,
-    per_channel,
     repository,
 )
 from medtpp.config import BACKBONES, BackboneOptions
@@ -91,7 +90,9 @@ class TimmPyramidFamily:
         if kind_of(network) is None:
             return None
         name = type(network).__name__
-        return wrap_pyramid(network, name, name, "in memory", "", image_size=image_size, normalised=True)
+        backbone = wrap_pyramid(network, name, name, "in memory", "", image_size=image_size)
+        backbone.take_normalised()
+        return backbone
 
 
 def refuse_volumes(options: BackboneOptions) -> None:
@@ -150,7 +151,6 @@ def wrap_pyramid(
     family: str = "timm_pyramid",
     objective: str = "unknown",
     image_size: tuple[int, ...],
-    normalised: bool = False,
 ) -> Pyramid:
     """A timm network as a backbone, with its specification read off it.
 
@@ -163,7 +163,6 @@ def wrap_pyramid(
         family: The registered family.
         objective: What it was pre-trained for.
         image_size: Of the images it will see.
-        normalised: Whether the images come normalised.
 
     Raises:
         ConfigError: The network is of none of these kinds, or the images are not made of whole patches.
@@ -179,8 +178,7 @@ def wrap_pyramid(
     roles = {role: existing(encoder, paths) for role, paths in kind.roles(encoder, blocks).items()}
     first = bare(encoder, roles["embed.patch"][0])
     channels = first.in_channels
-    cfg: dict[str, Any] = {} if normalised else getattr(encoder, "pretrained_cfg", None) or {}
-    mean, std = ((0.0,), (1.0,)) if normalised else ((0.5,), (0.5,))
+    cfg: dict[str, Any] = getattr(encoder, "pretrained_cfg", None) or {}
     stride = stride_of(encoder)
     require_whole(image_size, (stride, stride))
     pyramid, widths = _measure(encoder, anatomy, blocks, (channels, *image_size))
@@ -191,8 +189,8 @@ def wrap_pyramid(
         architecture=architecture,
         dims=2,
         channels=channels,
-        mean=per_channel(cfg.get("mean", mean), channels),
-        std=per_channel(cfg.get("std", std), channels),
+        mean=per_channel(cfg.get("mean", (0.5,)), channels),
+        std=per_channel(cfg.get("std", (0.5,)), channels),
         image_size=image_size,
         patch=(stride, stride),
         width=pyramid[-1].width,

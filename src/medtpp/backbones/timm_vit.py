@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,26 +18,26 @@ from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer import checkpoint_filter_fn as convert_vit
 from torch import Tensor, nn
 
+from medtpp.backbones.attention import training_attention
 from medtpp.backbones.base import (
     PLAIN_VIT,
     Backbone,
     Features,
     Inflation,
-    Layout,
     Spec,
     gather_tokens,
     hash_state,
-    training_attention,
+    per_channel,
 )
 from medtpp.backbones.beit import arguments_of, convert_beit, run_block
 from medtpp.backbones.checkpoints import load_strict, read_checkpoint, strip_prefix
 from medtpp.backbones.inflate import VolumeEmbed, add_positions, inflate, require_whole, sides
+from medtpp.backbones.timm_layout import vit_layout
 from medtpp.backbones.timm_names import (
     check_weights,
     create_network,
     model_module,
     objective_of,
-    per_channel,
     readable,
     repository,
 )
@@ -66,9 +65,7 @@ class TimmViT(Backbone):
         taps: Sequence[int] = (),
     ) -> Features:
         """See `Backbone.encode`."""
-        if taps and keep is not None:
-            raise ConfigError("Feature maps need all patches: taps and keep exclude each other.")
-        self._check_taps(taps)
+        self.check_taps(keep, taps)
         prefix, grid = self.spec.prefix, self.spec.grid
         x: Any = self._embed(images, keep)  # (B, N, D), or (B, *grid, D) at dynamic image sizes
         if mask is not None:
@@ -82,7 +79,7 @@ class TimmViT(Backbone):
         if not isinstance(self.encoder, Beit):
             x = self.encoder.norm_pre(x)
         maps = []
-        with training_attention(self.encoder.blocks, x):
+        with training_attention(x):
             for index, block in enumerate(self.encoder.blocks):
                 if isinstance(self.encoder, Beit):
                     x = run_block(self.encoder, block, x, keep, math.prod(grid))
@@ -167,7 +164,7 @@ class TimmViTFamily:
         elif hub:
             source = name
             with readable(name):
-                state = strip_prefix(timm.models.load_state_dict_from_hf(name.partition(":")[2]))
+                state = strip_prefix(timm.models.load_state_dict_from_hf(name.partition(":")[2], weights_only=True))
         else:
             arguments["pretrained"] = True
             if options.revision:
@@ -175,11 +172,7 @@ class TimmViTFamily:
                 arguments["pretrained_cfg_overlay"] = {"hf_hub_id": repository(name, options.revision)}
         encoder = _check_plain(create_network(name, arguments | _shape(state or {})), name)
         if state is not None:
-            if isinstance(encoder, Beit):
-                adapted = convert_beit(state, encoder)
-            else:
-                adapted = convert_eva(state, encoder) if isinstance(encoder, Eva) else convert_vit(state, encoder, True)
-            log.info("%s: %s", source, load_strict(encoder, adapted, source))
+            fill(encoder, state, source)
         if options.weights == "pretrained":
             objective = objective_of(f"{name}.{encoder.pretrained_cfg.get('tag')}")
         elif state is not None and not hub and "." not in name:
@@ -195,7 +188,18 @@ class TimmViTFamily:
 
     @staticmethod
     def around(network: nn.Module, image_size: tuple[int, ...]) -> Backbone | None:
-        """A backbone around an existing timm ViT that takes normalised images; None for another network."""
+        """A backbone around an existing timm ViT that takes normalised images; None for another network.
+
+        Raises:
+            ConfigError: The image size does not fit, or it is a tower of open_clip's own.
+        """
+        if type(network).__module__ == "open_clip.transformer" and type(network).__name__ == "VisionTransformer":
+            raise ConfigError(
+                "open_clip's own vision transformer has its attention inside torch, where tuners find no layers. Load "
+                "its weights into timm's: torch.save(model.state_dict(), FILE), then medtpp.load(NAME, weights=FILE) "
+                "with a name such as vit_base_patch16_clip_224.laion2b (of OpenAI, vit_base_patch16_clip_quickgelu_224"
+                ".openai). Towers that open_clip takes from timm are used as they are."
+            )
         if not isinstance(network, VisionTransformer | Eva | Beit):
             return None
         name = type(network).__name__
@@ -203,11 +207,21 @@ class TimmViTFamily:
         backbone = wrap_vit(network, name, name, "in memory", "", image_size=size)
         if any(side % patch for side, patch in zip(backbone.spec.image_size, backbone.spec.patch, strict=True)):
             raise ConfigError(f"Images of {image_size} pixels are not made of whole patches of {backbone.spec.patch}.")
-        channels = backbone.spec.channels
-        backbone.spec = replace(backbone.spec, mean=(0.0,) * channels, std=(1.0,) * channels)
-        backbone.mean.zero_()
-        backbone.std.fill_(1.0)
+        backbone.take_normalised()
         return backbone
+
+
+def fill(encoder: Any, state: dict[str, Tensor], source: str) -> None:
+    """Put a state, of timm or of a code that timm can convert, into a network; each weight must find its place.
+
+    Raises:
+        WeightsError: One does not.
+    """
+    if isinstance(encoder, Beit):
+        adapted = convert_beit(state, encoder)
+    else:
+        adapted = convert_eva(state, encoder) if isinstance(encoder, Eva) else convert_vit(state, encoder, True)
+    log.info("%s: %s", source, load_strict(encoder, adapted, source))
 
 
 def drop_unused(encoder: Any) -> None:
@@ -263,28 +277,6 @@ def wrap_vit(
         sha256=sha256,
     )
     return TimmViT(vit, spec, vit_layout(vit), inflation)
-
-
-def vit_layout(encoder: Any) -> Layout:
-    """Access points of a timm ViT, with fused or separate query, key and value, plain or gated MLP."""
-    inside = {
-        "attention.qkv": ("attn.qkv", "attn.q_proj", "attn.k_proj", "attn.v_proj"),
-        "attention.projection": ("attn.proj",),
-        "mlp.in": ("mlp.fc1", "mlp.fc1_g", "mlp.fc1_x"),
-        "mlp.out": ("mlp.fc2",),
-        "norm.attention": ("norm1",),
-        "norm.mlp": ("norm2",),
-    }
-    modules = dict(encoder.named_modules())
-    blocks = tuple(f"blocks.{index}" for index in range(len(encoder.blocks)))
-    roles = {
-        role: tuple(
-            f"{block}.{part}" for block in blocks for part in parts if modules.get(f"{block}.{part}") is not None
-        )
-        for role, parts in inside.items()
-    }
-    final = () if isinstance(encoder.norm, nn.Identity) else ("norm",)
-    return Layout(blocks, {"embed.patch": ("patch_embed.proj",), **roles, "norm.final": final})
 
 
 def fit_to(encoder: Any, options: BackboneOptions, image_size: int | tuple[int, ...] | None) -> Inflation | None:

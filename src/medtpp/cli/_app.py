@@ -8,8 +8,10 @@ import typer
 from typer.core import TyperGroup
 
 from medtpp.cli import (
+    bench,
     check,
     compare,
+    data,
     doctor,
     evaluate,
     export,
@@ -60,6 +62,8 @@ app.command("predict")(predict.predict)
 app.command("export")(export.export)
 app.command("report")(report.report)
 app.command("pretrain")(pretrain.pretrain)
+app.command("bench")(bench.bench)
 app.command("list")(listing.list_)
 app.command("phantom")(phantom.phantom)
+app.add_typer(data.app, name="data")
 app.command("doctor")(doctor.doctor)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 console = Console(highlight=False)
 errors = Console(stderr=True, highlight=False)
 
-Source = Annotated[Path, typer.Argument(help="An experiment.yaml, a folder of class folders, or a CSV manifest.")]
+Source = Annotated[Path, typer.Argument(help="An experiment.yaml, a folder, a manifest, or medmnist:NAME@SIZE.")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Output folder.")]
 Settings = Annotated[
     list[str] | None, typer.Option("--set", help="Override a field: --set tuner.rank=16. May be repeated.")
@@ -53,6 +53,11 @@ def experiment_from(
 
     chosen = [*(settings or []), *([f"data.modality={modality}"] if modality else [])]
     return load_experiment(source, chosen, unlabelled or [])
+
+
+def names_in(text: str | None) -> tuple[str, ...]:
+    """The names in a list such as lora,ssf."""
+    return tuple(name.strip() for name in (text or "").split(",") if name.strip())
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from medtpp.cli._common import (
     decoding,
     errors,
     experiment_from,
+    names_in,
     show_paths,
     show_split,
 )
@@ -37,7 +38,7 @@ def compare(
     source: Source,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Output folder.")] = None,
     init: Annotated[
-        str, typer.Option(help="Starts to compare: standard, tpp; LoRA's pissa, olora, eva.")
+        str, typer.Option(help="Starts to compare: standard, tpp; LoRA's pissa, olora, eva, lora_ga.")
     ] = "standard,tpp",
     labels: Annotated[
         str | None, typer.Option(help="Numbers of labelled cases in all, such as 30,150,all.", show_default=False)
@@ -77,9 +78,9 @@ def compare(
     if out is None and not dry_run:
         raise OutputError("Name an output folder with --out, or look at the plan with --dry-run.")
     axes = Axes(
-        tuners=_names(tuner),
-        inits=_names(init),  # type: ignore[arg-type]  # Axes says what is wrong with a name
-        extras=_names(arm),  # type: ignore[arg-type]
+        tuners=names_in(tuner),
+        inits=names_in(init),  # type: ignore[arg-type]  # Axes says what is wrong with a name
+        extras=names_in(arm),  # type: ignore[arg-type]
         labels=_counts(labels),
         seeds=seeds,
         metric=metric,
@@ -113,12 +114,8 @@ def compare(
         raise typer.Exit(1)
 
 
-def _names(text: str | None) -> tuple[str, ...]:
-    return tuple(name.strip() for name in (text or "").split(",") if name.strip())
-
-
 def _counts(text: str | None) -> tuple[Labels, ...]:
-    names = _names(text)
+    names = names_in(text)
     wrong = [name for name in names if name != "all" and not (name.isdecimal() and int(name))]
     if wrong:
         raise ConfigError(f"--labels takes whole numbers and all, as in 30,150,all, and not {', '.join(wrong)}.")

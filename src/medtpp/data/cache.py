@@ -34,6 +34,7 @@ Progress = Callable[[int, int], None]
 S = TypeVar("S")
 T = TypeVar("T")
 
+DOWNLOADS = "medmnist"  # folder of the cache for files that were asked for by name
 _OWN_FILE = re.compile(r"\.?[0-9a-f]{64}\.(pixels|json|lock|image|mask|foreground|scan).*")
 
 
@@ -160,7 +161,8 @@ def clear_cache() -> None:
 
 
 def _own_files(folder: Path) -> list[Path]:
-    return [path for path in folder.glob("*") if _OWN_FILE.fullmatch(path.name)]
+    downloads = [path for path in (folder / DOWNLOADS).glob("*") if path.suffix in (ARCHIVE, ".lock")]
+    return [*downloads, *(path for path in folder.glob("*") if _OWN_FILE.fullmatch(path.name))]
 
 
 def parallel(work: Callable[[S], T], items: Iterable[S], workers: int | None) -> Generator[T]:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from medtpp.config import SOURCES, DataOptions
 from medtpp.data.case import Case, Dataset, Problem
+from medtpp.data.download import local_path
 from medtpp.data.sources import class_names, find_images, first_few
 from medtpp.data.sources.segmentation_folders import without_masks
 from medtpp.errors import DataError
@@ -21,9 +22,10 @@ def read_dataset(options: DataOptions) -> Dataset:
     Problems in single cases are in the result; `medtpp.data.check` adds those that decoding shows.
 
     Raises:
-        DataError: The path does not exist, no layout fits, or nothing can be read.
+        DataError: The path does not exist, no layout fits, or nothing can be read. Of a name of MedMNIST, see
+            `medtpp.data.download.local_path`.
     """
-    path = options.path.expanduser()
+    path = local_path(options.path)
     if not path.exists():
         raise DataError(f"There is no file or folder {path}. Check data.path.")
     name = _recognise(path) if options.layout == "auto" else options.layout

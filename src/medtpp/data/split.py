@@ -52,10 +52,10 @@ def make_split(
             "test": test_fraction,
             "val": (1 - test_fraction) * val_fraction,
         }
-        split = _assign(groups(labelled, records), shares, seeds.numpy("split"))
+        split = assign(groups(labelled, records), shares, seeds.numpy("split"))
     elif "val" not in split.values():
         trained = groups([case for case in labelled if case.split == "train"], records)
-        split |= _assign(trained, {"train": 1 - val_fraction, "val": val_fraction}, seeds.numpy("split"))
+        split |= assign(trained, {"train": 1 - val_fraction, "val": val_fraction}, seeds.numpy("split"))
     _require_classes(dataset, labelled, records, split)
     return split
 
@@ -84,6 +84,51 @@ def groups(cases: Iterable[Case], records: Mapping[str, Record]) -> list[Group]:
     for row, case in enumerate(cases):
         joined[root(row)].append(case)
     return list(joined.values())
+
+
+def assign(found: Sequence[Group], shares: Mapping[str, float], rng: np.random.Generator) -> dict[str, str]:
+    """Assign groups to splits, each class in proportion to the shares.
+
+    First each class gets one small group per split, in the order of the shares, rarest class first. Then each of the
+    remaining groups, largest first, goes where its classes lack most (after Sechidis et al., ECML PKDD 2011, who
+    stratify multi-label data so).
+
+    Args:
+        found: From `groups`.
+        shares: Of the cases, by split; they add up to one.
+        rng: Decides among groups of one size.
+
+    Returns:
+        The split by case id.
+    """
+    found = [found[row] for row in rng.permutation(len(found))]
+    found.sort(key=lambda group: -len(group))  # stable: equal sizes stay in random order
+    classes = sorted({label for group in found for case in group for label in case.labels})
+    column = {name: at for at, name in enumerate(classes)}
+    # (G, K + 1): cases of each class in each group; the last column counts cases without any finding.
+    counts: NDArray[np.float64] = np.zeros((len(found), len(classes) + 1))
+    for row, group in enumerate(found):
+        for case in group:
+            for label in case.labels or ("",):
+                counts[row, column.get(label, -1)] += 1
+    total = counts.sum(axis=0).clip(min=1)
+    need = np.array(list(shares.values()))[:, None] * total  # (S, K + 1)
+    home = np.full(len(found), -1)
+
+    def put(row: int, place: int) -> None:
+        home[row] = place
+        need[place] -= counts[row]
+
+    for k in np.argsort((counts[:, :-1] > 0).sum(axis=0), kind="stable"):
+        members = np.flatnonzero(counts[:, k])
+        for place in range(len(shares)):
+            free = members[home[members] < 0]
+            if len(free) and place not in home[members]:
+                put(free[-1], place)  # the smallest
+    for row in np.flatnonzero(home < 0).tolist():
+        put(row, int(np.argmax(need @ (counts[row] / total))))
+    names = list(shares)
+    return {case.id: names[place] for group, place in zip(found, home, strict=True) for case in group}
 
 
 def tpp_cases(
@@ -210,43 +255,6 @@ def _by_split(dataset: Dataset, split: Mapping[str, str]) -> dict[str, list[Case
 
 def _strata(case: Case, split: Mapping[str, str]) -> list[tuple[str, str]]:
     return [(label, split[case.id]) for label in case.labels or ("",)]
-
-
-def _assign(found: list[Group], shares: dict[str, float], rng: np.random.Generator) -> dict[str, str]:
-    """Assign groups to splits, each class in proportion to the shares.
-
-    First each class gets one small group per split, in the order of the shares, rarest class first. Then each of the
-    remaining groups, largest first, goes where its classes lack most (after Sechidis et al., ECML PKDD 2011, who
-    stratify multi-label data so).
-    """
-    found = [found[row] for row in rng.permutation(len(found))]
-    found.sort(key=lambda group: -len(group))  # stable: equal sizes stay in random order
-    classes = sorted({label for group in found for case in group for label in case.labels})
-    column = {name: at for at, name in enumerate(classes)}
-    # (G, K + 1): cases of each class in each group; the last column counts cases without any finding.
-    counts: NDArray[np.float64] = np.zeros((len(found), len(classes) + 1))
-    for row, group in enumerate(found):
-        for case in group:
-            for label in case.labels or ("",):
-                counts[row, column.get(label, -1)] += 1
-    total = counts.sum(axis=0).clip(min=1)
-    need = np.array(list(shares.values()))[:, None] * total  # (S, K + 1)
-    home = np.full(len(found), -1)
-
-    def put(row: int, place: int) -> None:
-        home[row] = place
-        need[place] -= counts[row]
-
-    for k in np.argsort((counts[:, :-1] > 0).sum(axis=0), kind="stable"):
-        members = np.flatnonzero(counts[:, k])
-        for place in range(len(shares)):
-            free = members[home[members] < 0]
-            if len(free) and place not in home[members]:
-                put(free[-1], place)  # the smallest
-    for row in np.flatnonzero(home < 0).tolist():
-        put(row, int(np.argmax(need @ (counts[row] / total))))
-    names = list(shares)
-    return {case.id: names[place] for group, place in zip(found, home, strict=True) for case in group}
 
 
 def _require_classes(

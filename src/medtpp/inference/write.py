@@ -8,7 +8,6 @@ Compression is the fastest there is (level 1): masks are mostly background, and 
 
 from __future__ import annotations
 
-import gzip
 import re
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 from medtpp.data.case import Structure
 from medtpp.data.geometry import Geometry
 from medtpp.data.volumes.read import ITK_SUFFIXES, NIFTI_SUFFIXES, has_suffix
+from medtpp.data.volumes.write import write_nifti, write_png
 from medtpp.errors import DataError, OutputError
 from medtpp.files import atomic
 
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from pydicom.dataset import Dataset
 
 SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".mha", ".png")
-
-_NIFTI_OFFSET = 352  # 348 bytes of header, 4 that say that no extension follows
 
 # What highdicom copies though the standard lets it be empty; de-identified files often leave it out altogether.
 _MAY_BE_EMPTY = (
@@ -61,14 +59,11 @@ def write_mask(path: Path, labels: NDArray[np.uint8], geometry: Geometry) -> Non
     if not has_suffix(path, SUFFIXES):
         raise OutputError(f"Masks are not written as {path.name}. Choose one of {', '.join(SUFFIXES)}.")
     if has_suffix(path, NIFTI_SUFFIXES):
-        _write_nifti(path, labels, geometry)
+        write_nifti(path, labels, geometry)
     elif has_suffix(path, ITK_SUFFIXES):
         _write_itk(path, labels, geometry)
     elif geometry.dims == 2:
-        from PIL import Image
-
-        with atomic(path) as temporary:
-            Image.fromarray(labels).save(temporary, format="PNG", compress_level=1)
+        write_png(path, labels)
     else:
         raise OutputError(f"{path.name}: a PNG holds no volume. Choose one of {', '.join(SUFFIXES[:-1])}.")
 
@@ -113,7 +108,7 @@ def write_probability(path: Path, probability: NDArray[np.floating[Any]], geomet
     levels = np.empty(geometry.shape, np.uint8)
     for one, target in zip(probability, levels, strict=True):  # slice by slice, to save memory
         target[...] = np.rint(one.astype(np.float32) * 255)
-    _write_nifti(path, levels, geometry, slope=1 / 255)
+    write_nifti(path, levels, geometry, slope=1 / 255)
 
 
 def structure_path(folder: Path, number: int, structure: Structure, suffix: str) -> Path:
@@ -171,44 +166,6 @@ def _on_grid(labels: NDArray[np.uint8], geometry: Geometry) -> NDArray[np.uint8]
     if labels.shape != geometry.shape:
         raise ValueError(f"labels of shape {labels.shape} are not on a grid of shape {geometry.shape}")
     return np.ascontiguousarray(labels)
-
-
-def _write_nifti(path: Path, values: NDArray[np.uint8], geometry: Geometry, slope: float = 1.0) -> None:
-    """Header and voxels one after the other: nibabel would choose a scaling of its own, and copy."""
-    from nibabel.nifti1 import Nifti1Header
-
-    header = Nifti1Header()
-    header.set_data_dtype(np.uint8)
-    header.set_data_shape(values.shape[::-1])  # NIfTI counts axes from the fastest
-    header.set_zooms(geometry.spacing[::-1])
-    header.set_xyzt_units("mm")
-    header.set_data_offset(_NIFTI_OFFSET)
-    header.set_slope_inter(slope, 0)
-    if geometry.known:
-        affine = _affine(geometry)
-        header.set_qform(affine, code="scanner")
-        header.set_sform(affine, code="scanner")
-    head = header.binaryblock.ljust(_NIFTI_OFFSET, b"\0")
-    with atomic(path) as temporary, temporary.open("wb") as raw:
-        if has_suffix(path, (".gz",)):
-            # Without a name and a time, so that equal masks are equal files.
-            with gzip.GzipFile(filename="", mode="wb", compresslevel=1, fileobj=raw, mtime=0) as stream:
-                stream.write(head)
-                stream.write(values.data)
-        else:
-            raw.write(head)
-            raw.write(values.data)
-
-
-def _affine(geometry: Geometry) -> NDArray[np.float64]:
-    """From NIfTI's indices (the reverse of ours) to its coordinates, x to the right and y to the front."""
-    dims = geometry.dims
-    affine = np.eye(4)
-    steps = np.array(geometry.directions) * np.array(geometry.spacing)[:, None]
-    affine[:dims, :dims] = steps[::-1].T
-    affine[:dims, 3] = geometry.origin
-    flipped: NDArray[np.float64] = np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
-    return flipped
 
 
 def _write_itk(path: Path, values: NDArray[np.uint8], geometry: Geometry) -> None:

@@ -41,6 +41,11 @@ class Pretext(nn.Module, ABC):
     @abstractmethod
     def __init__(self, options: MethodOptions, spec: Spec, seeds: Seeds) -> None: ...
 
+    @classmethod
+    def needs_of(cls, options: MethodOptions) -> frozenset[str]:  # noqa: ARG003  (of a sum, its parts decide)
+        """Capabilities that a backbone must have for the task with these options."""
+        return cls.needs
+
     @property
     def name(self) -> str:
         """Under which the task is registered."""

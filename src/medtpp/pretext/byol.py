@@ -56,5 +56,5 @@ class BYOL(Pretext):
         agreement = [
             F.cosine_similarity(predicted[own].float(), targets[1 - own].float()).mean() for own in range(len(views))
         ]
-        spread = F.normalize(targets[0].float(), dim=-1).std(dim=0).mean() * targets[0].shape[-1] ** 0.5
+        spread = F.normalize(targets[0].float(), dim=-1).std(dim=0, correction=0).mean() * targets[0].shape[-1] ** 0.5
         return 1 - (agreement[0] + agreement[1]) / 2, {"spread": spread}

@@ -64,7 +64,7 @@ class MaskedPretext(Pretext):
         positions = self.positions.to(tokens.dtype)
         hidden = self.mask_token.to(tokens.dtype) + positions[ids_hidden]  # (B, H, W)
         x = torch.cat([prefix, visible + positions[ids_keep], hidden], dim=1)  # attention needs no order
-        with training_attention(self.blocks, x):
+        with training_attention(x):
             x = self.blocks(x)[:, -ids_hidden.shape[1] :]  # (B, H, W)
         predicted: Tensor = self.predict(self.norm(x))
         return predicted

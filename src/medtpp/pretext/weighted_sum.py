@@ -56,9 +56,15 @@ class Sum(Pretext):
             }
         )
         parts: list[Any] = list(self.parts.values())
-        self.needs = frozenset(capability for part in parts for capability in part.needs)
+        self.needs = self.needs_of(options)
         self.couples_images = any(part.couples_images for part in parts)
         self.least_batch = max(part.least_batch for part in parts)
+
+    @classmethod
+    def needs_of(cls, options: MethodOptions) -> frozenset[str]:
+        """See `Pretext.needs_of`: what all of its parts need."""
+        parts: Mapping[str, Any] = getattr(options, "parts", {})
+        return frozenset(capability for name in parts for capability in PRETEXTS.get(name).needs)
 
     def begin(self, backbone: Backbone) -> None:
         """See `Pretext.begin`."""

@@ -5,9 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import platform
+from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from lightning.fabric import Fabric
 from lightning_utilities.core import rank_zero
@@ -61,6 +64,35 @@ def close_loggers(fabric: Fabric, status: str) -> None:
 def mixed(precision: str) -> Any:
     """Fabric's name for a precision: weights stay in float32."""
     return {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}[precision]
+
+
+def describe_machine(accelerator: str, packages: Iterable[str]) -> dict[str, Any]:
+    """What a reader needs to judge measurements of speed and memory, as plain values."""
+    return {
+        "system": platform.platform(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "device": torch.cuda.get_device_name() if accelerator == "cuda" else accelerator,
+        "threads": torch.get_num_threads(),
+        "load_average": [round(value, 2) for value in psutil.getloadavg()],
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in packages},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    named = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor())
 
 
 def _cpu_flags() -> frozenset[str]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import torch
 from lightning.fabric import Fabric
@@ -25,8 +27,8 @@ from medtpp.files import MARKER, write_json
 from medtpp.seeds import Draws, Seeds
 from medtpp.tasks.base import Task
 from medtpp.training.device import make_fabric
-from medtpp.training.loop import Group, Hooks, fit
-from medtpp.training.resume import finish
+from medtpp.training.loop import Group, Hooks, Stream, fit
+from medtpp.training.resume import RESUME, finish
 from medtpp.training.stage import (
     StageData,
     StageResult,
@@ -37,6 +39,7 @@ from medtpp.training.stage import (
     resolve_stage,
     schedule_of,
     tuner_groups,
+    warm_up_heads,
     with_penalty,
 )
 from medtpp.training.validation import ClassificationValidation, SegmentationValidation, Validation
@@ -46,6 +49,7 @@ TOKENS = 6_272  # in a batch of a classification: 32 images of 14 x 14 patches
 VOXELS = 1 << 20  # in a batch of a segmentation: 16 images of 256 x 256
 MASKED = 16  # images in it, at most
 STARTING = 128  # images that a start is made from, at most
+GRADIENTS = 8  # batches that a start is made from
 
 
 @dataclass(frozen=True)
@@ -171,18 +175,22 @@ def _train(fabric: Fabric, inputs: FinetuneInputs, folder: Path) -> StageResult:
     if train.targets is not None:
         task.balance(train.targets)
     module = SupervisedModule(tuned, task, augmenter_of(experiment, inputs.preprocessing))
-    groups = [
-        *(
-            Group(name, own, options.head_learning_rate, options.head_weight_decay)
-            for name, own in task.groups().items()
-        ),
-        *tuner_groups(tuned, rate, options.weight_decay),
+    heads = [
+        Group(name, own, options.head_learning_rate, options.head_weight_decay) for name, own in task.groups().items()
     ]
+    targets = tuner_groups(tuned, rate, options.weight_decay)
+    if inputs.start is None:
+        stream = train.stream(batch_size, seeds.child("start"), fabric)
+        losses = first_losses(module.to(fabric.device), stream, fabric.device)
+        tuned.start_from(losses, lambda values: cast(Tensor, fabric.all_reduce(values)))
+    if options.head_warmup and targets and not (folder / RESUME).is_file():
+        stream = train.stream(batch_size, seeds.child("head-warmup"), fabric)
+        warm_up_heads(fabric, module, heads, targets, stream, options.head_warmup)
     validation = _validation(inputs, tuned, task, fabric)
     record = fit(
         fabric,
         module,
-        groups,
+        [*heads, *targets],
         train.stream(batch_size, seeds.child("finetune"), fabric),
         schedule_of(options, number(options.validate_every)),
         folder=folder,
@@ -203,6 +211,13 @@ def _train(fabric: Fabric, inputs: FinetuneInputs, folder: Path) -> StageResult:
         finish(folder)
         write_json(folder / MARKER, result.summary())
     return result
+
+
+def first_losses(module: nn.Module, stream: Stream, device: torch.device) -> Iterator[Tensor]:
+    """Losses of the first batches, each computed when it is asked for."""
+    for given in stream.iterate(0, GRADIENTS):
+        batch = given.to(device)
+        yield module(batch.images, batch.targets, batch.draws.visits)[0]
 
 
 def _take_over(task: Task, begun: Adapter, inputs: FinetuneInputs) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,7 +29,7 @@ from medtpp.pretext.base import Pretext
 from medtpp.seeds import Draws, Seeds, name_key
 from medtpp.training.dense import DenseReconstruction
 from medtpp.training.device import close_loggers
-from medtpp.training.loop import Group, Hooks, Schedule
+from medtpp.training.loop import Group, Hooks, Schedule, Stream, fit
 from medtpp.training.resume import Record
 from medtpp.tuners import TunedBackbone
 
@@ -167,6 +167,26 @@ class PretextModule(nn.Module):
             restored = self.dense.loss(self.backbone, images, draws)
             loss, logs = loss + restored, {**logs, "dense_loss": restored.detach()}
         return with_penalty(loss, self.backbone), logs
+
+
+def warm_up_heads(
+    fabric: Fabric,
+    module: nn.Module,
+    heads: Sequence[Group],
+    targets: Sequence[Group],
+    stream: Stream,
+    steps: int,
+    hooks: Hooks | None = None,
+) -> None:
+    """Train new heads alone, so that their first gradients do not move the target parameters at random."""
+    waiting = [parameter for group in targets for parameter in group.parameters.values()]
+    for parameter in waiting:
+        parameter.requires_grad_(False)
+    try:
+        fit(fabric, module, heads, stream, Schedule(steps), title="head", hooks=hooks or Hooks())
+    finally:
+        for parameter in waiting:
+            parameter.requires_grad_(True)
 
 
 def with_penalty(loss: Tensor, backbone: Backbone) -> Tensor:

@@ -6,7 +6,7 @@ otherwise warm a new one up alone; train target parameters and head together on 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from medtpp.pretext.base import Pretext
 from medtpp.seeds import Seeds, name_key
 from medtpp.training.dense import DenseReconstruction, make_dense
 from medtpp.training.device import make_fabric
-from medtpp.training.loop import Group, Schedule, Stream, fit
+from medtpp.training.loop import Group, fit
 from medtpp.training.resume import RESUME, finish
 from medtpp.training.stage import (
     PretextModule,
@@ -40,9 +40,11 @@ from medtpp.training.stage import (
     resolve_stage,
     schedule_of,
     tuner_groups,
+    warm_up_heads,
 )
 
 TOKENS = 12_544  # in a batch: 64 images of 14 x 14 patches
+COARSE = 16  # pixels per step; of a coarser map, a linear layer that restores the image would outgrow the network
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ def _train(fabric: Fabric, inputs: TPPInputs, folder: Path) -> StageResult:
 
     if head_warmup and not (folder / RESUME).is_file():
         warmup_stream = data.stream(batch_size, seeds.child("head-warmup"), fabric)
-        warm_up_heads(fabric, module, heads, targets, warmup_stream, head_warmup)
+        warm_up_heads(fabric, module, heads, targets, warmup_stream, head_warmup, module.hooks())
     stream = data.stream(batch_size, seeds.child("tpp"), fabric)
     record = fit(
         fabric,
@@ -208,19 +210,32 @@ def require_pair(tuner: str, pretext: Pretext) -> None:
         )
 
 
+def natural_pretext(spec: backbones.Spec) -> str:
+    """The name of the pretext task that uses most of what a backbone can do."""
+    if "drops_tokens" in spec.capabilities:
+        return "mae"
+    if "masks" in spec.capabilities and math.prod(spec.grid) > 1:
+        return "simmim"
+    return "restoration" if "dense" in spec.capabilities and max(spec.patch) <= COARSE else "byol"
+
+
 def make_pretext(options: MethodOptions, backbone: backbones.Backbone, seeds: Seeds) -> tuple[Pretext, bool]:
     """The pretext task for a backbone, and whether its head came trained with the backbone.
 
     Raises:
         ConfigError: The backbone lacks what the task needs.
     """
-    pretext: Pretext = PRETEXTS.get(options.name)(options, backbone.spec, seeds)
-    lacking = backbones.describe_lacking(pretext.needs, backbone.spec.capabilities)
-    if lacking:
+    method: type[Pretext] = PRETEXTS.get(options.name)
+    has = backbone.spec.capabilities
+    lacking = backbones.describe_lacking(method.needs_of(options), has)
+    if lacking:  # before a head is made, which for images without a grid could be of any size
+        fitting = [name for name, task in PRETEXTS.items() if name != "sum" and task.needs <= has]
         raise ConfigError(
-            f"The pretext task {options.name} does not fit {backbone.spec.name}: it needs {lacking}. "
-            "`medtpp list matrix` shows what goes together; choose by --set pretext=NAME."
+            f"The pretext task {options.name} does not fit {backbone.spec.name}: it needs {lacking}. Choose of "
+            f"{', '.join(fitting)} (see `medtpp list matrix`): --set pretext=NAME, or medtpp.tpp(model, images, NAME). "
+            f"{backbone.advice}".rstrip()
         )
+    pretext = method(options, backbone.spec, seeds)
     return pretext, pretext.load_head(backbone.pretext_heads)
 
 
@@ -246,25 +261,6 @@ def head_groups(pretext: Pretext, dense: DenseReconstruction | None, rate: float
         heads["pretext"] |= {f"dense.{name}": parameter for name, parameter in dense.predict.named_parameters()}
         heads["decoder"] = {f"decoder.{name}": parameter for name, parameter in dense.decoder.named_parameters()}
     return [Group(name, parameters, rate) for name, parameters in heads.items()]
-
-
-def warm_up_heads(
-    fabric: Fabric,
-    module: PretextModule,
-    heads: Sequence[Group],
-    targets: Sequence[Group],
-    stream: Stream,
-    steps: int,
-) -> None:
-    """Train a new pretext head alone, so that its first gradients do not move the target parameters at random."""
-    waiting = [parameter for group in targets for parameter in group.parameters.values()]
-    for parameter in waiting:
-        parameter.requires_grad_(False)
-    try:
-        fit(fabric, module, heads, stream, Schedule(steps), title="pretext head", hooks=module.hooks())
-    finally:
-        for parameter in waiting:
-            parameter.requires_grad_(True)
 
 
 def save_preview(path: Path, images: Tensor, pretext: Pretext, backbone: backbones.Backbone, seeds: Seeds) -> None:

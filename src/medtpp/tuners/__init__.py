@@ -44,6 +44,8 @@ def attach(
     if method.needs_images and images is None and not loading:
         raise ConfigError("This tuner's start is made from images: give some, attach(backbone, tuner, images=images).")
     tuned = method.attach(backbone, seed if isinstance(seed, Seeds) else Seeds(seed), images)
+    if method.has_targets and not tuned.targets:
+        raise ConfigError(f"The tuner {options.name} finds nothing to train in {backbone.spec.name}.")
     tuned.tuner = options
     backbone.taken = True
     return tuned

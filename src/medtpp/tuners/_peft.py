@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+import warnings
 from abc import abstractmethod
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -46,7 +47,9 @@ class PeftBackbone(TunedBackbone):
     def __init__(self, source: Backbone, config: PeftConfig, seeds: Seeds) -> None:
         super().__init__(source)
         try:
-            with seeds.scope("tuner"):
+            with seeds.scope("tuner"), warnings.catch_warnings():
+                # Of transformers, on what peft asks of its networks.
+                warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
                 peft_model: PeftModel = get_peft_model(source.encoder, config)
         except ValueError as error:
             raise ConfigError(f"This tuner does not fit {source.spec.name}: {error}") from error
@@ -87,7 +90,8 @@ class PeftBackbone(TunedBackbone):
 
     def adapter_state(self) -> dict[str, Tensor]:
         """Peft's state with peft's names; matrices that layers share are in it once, under the shortest."""
-        state: dict[str, Tensor] = get_peft_model_state_dict(self.peft_model)
+        # By default, peft asks the hub whether a network of transformers has other embeddings of words there.
+        state: dict[str, Tensor] = get_peft_model_state_dict(self.peft_model, save_embedding_layers=False)
         first: dict[int, str] = {}
         for name in sorted(state, key=len):
             first.setdefault(state[name].data_ptr(), name)

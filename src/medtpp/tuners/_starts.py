@@ -1,8 +1,8 @@
-"""LoRA's other starts: from the weights (PiSSA, OLoRA) or from the images (EVA)."""
+"""LoRA's other starts: from the weights (PiSSA, OLoRA), the images (EVA) or the task's gradients (LoRA-GA)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -16,8 +16,9 @@ from medtpp.seeds import Seeds
 from medtpp.tuners._peft import PeftBackbone
 from medtpp.tuners.base import check_keys
 
-Start = Literal["standard", "pissa", "olora", "eva"]
+Start = Literal["standard", "pissa", "olora", "eva", "lora_ga"]
 BATCH = 32  # images at a time
+GAMMA = 16.0  # LoRA-GA's, as in its paper
 
 
 class StartedLoRA(PeftBackbone):
@@ -32,15 +33,34 @@ class StartedLoRA(PeftBackbone):
         self._layers = _layers(self)
         self._originals = {path: layer.base_layer.weight for path, layer in self._layers.items()}
         self._first: dict[str, tuple[Tensor, Tensor]] = {}
-        make = {"pissa": principal, "olora": orthonormal}[start]
+        make = {"pissa": principal, "olora": orthonormal, "lora_ga": none_yet}[start]
+        self._waits = start == "lora_ga"
         for path, layer in self._layers.items():
             a, b = make(self._originals[path].detach().float(), layer.r["default"], layer.scaling["default"])
-            self._begin(path, a, b)
-            layer.lora_A["default"].weight.data.copy_(a)
-            layer.lora_B["default"].weight.data.copy_(b)
+            self._start(path, a, b)
+
+    def start_from(self, losses: Iterator[Tensor], mean: Callable[[Tensor], Tensor]) -> None:
+        """See `TunedBackbone.start_from`: LoRA-GA."""
+        if not self._waits:
+            return
+        gradients: dict[str, Tensor] = {}
+        weights = {path: layer.base_layer.weight.requires_grad_() for path, layer in self._layers.items()}
+        for loss in losses:
+            for path, gradient in zip(weights, torch.autograd.grad(loss, list(weights.values())), strict=True):
+                gradients[path] = gradients.get(path, 0) + gradient.float()
+        for path, layer in self._layers.items():
+            self._start(path, *along_gradient(mean(gradients[path]), layer.r["default"]))
+        self._waits = False
+
+    def _start(self, path: str, a: Tensor, b: Tensor) -> None:
+        """Start at A (r, inputs) and B (outputs, r)."""
+        layer = self._layers[path]
+        self._begin(path, a, b)
+        layer.lora_A["default"].weight.data.copy_(a)
+        layer.lora_B["default"].weight.data.copy_(b)
 
     def _begin(self, path: str, a: Tensor, b: Tensor) -> None:
-        """Take a start (r, inputs), (outputs, r) off a layer's weight."""
+        """Take a start off a layer's weight."""
         layer, original = self._layers[path], self._originals[path]
         self._first[path] = a.to(original.device), b.to(original.device)
         rest = original - layer.scaling["default"] * (b @ a).to(original)
@@ -81,6 +101,7 @@ class StartedLoRA(PeftBackbone):
     def load_adapter_state(self, state: Mapping[str, Tensor]) -> None:
         """See `TunedBackbone.load_adapter_state`. The start is the file's: an SVD may differ by the machine."""
         check_keys(state, self.adapter_state())
+        self._waits = False
         for path, layer in self._layers.items():
             (a, a0), (b, b0) = (state[_names(path)[0]].chunk(2), state[_names(path)[1]].chunk(2, dim=1))
             self._begin(path, a0, -b0)
@@ -99,6 +120,27 @@ def orthonormal(weight: Tensor, rank: int, scaling: float) -> tuple[Tensor, Tens
     """OLoRA (Büyükakyüz, arXiv 2406.01775): A (r, inputs), B (outputs, r) from the weight's QR decomposition."""
     columns, rows = torch.linalg.qr(weight)
     return rows[:rank], columns[:, :rank]
+
+
+def none_yet(weight: Tensor, rank: int, scaling: float) -> tuple[Tensor, Tensor]:  # noqa: ARG001  (as the others)
+    """A and B of zeros, until there are gradients."""
+    return weight.new_zeros(rank, weight.shape[1]), weight.new_zeros(weight.shape[0], rank)
+
+
+def along_gradient(gradient: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """LoRA-GA (Wang et al., arXiv 2407.05000): the first step goes where full fine-tuning would go.
+
+    With the gradient's singular vectors, A is made of the first right ones and B of the next left ones, both scaled by
+    outputs^(1/4) / gamma^(1/2).
+
+    Args:
+        gradient: (outputs, inputs), of the weight.
+        rank: r; where the gradient has less than 2 r singular vectors, B takes the last r.
+    """
+    left, _, right = torch.linalg.svd(gradient, full_matrices=False)
+    last = min(2 * rank, left.shape[1])
+    scale = len(gradient) ** 0.25 / GAMMA**0.5
+    return scale * right[:rank], scale * left[:, last - rank : last]
 
 
 @torch.no_grad()

@@ -35,6 +35,6 @@ class SwitchedBackbone(TunedBackbone):
 
 def unhook(module: nn.Module, part: nn.Module) -> None:
     """Take the forward hooks of a part off a module."""
-    hooks = module._forward_hooks
-    for key in [key for key, hook in hooks.items() if getattr(hook, "__self__", None) is part]:
-        del hooks[key]
+    for hooks in (module._forward_hooks, module._forward_pre_hooks):
+        for key in [key for key, hook in hooks.items() if getattr(hook, "__self__", None) is part]:
+            del hooks[key]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any, ClassVar, Generic, TypeVar
@@ -80,6 +80,14 @@ class TunedBackbone(Backbone):
         nn.Module.train(self, mode)
         self.source.train(mode)
         return self
+
+    def start_from(self, losses: Iterator[Tensor], mean: Callable[[Tensor], Tensor]) -> None:
+        """Called once before fine-tuning from the tuner's own start, for starts that are made from gradients.
+
+        Args:
+            losses: Of the task on some batches, each computed when it is asked for.
+            mean: Over all processes, of a tensor.
+        """
 
     def penalty(self) -> Tensor | None:
         """What the method adds to the loss of both stages, if anything."""

@@ -61,9 +61,18 @@ class ConvBypass(nn.Module):
         added: Tensor = self.up(nn.functional.gelu(torch.cat([prefix, patches], dim=1)))
         return self.scale * added
 
-    def hook(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:  # noqa: ARG002
-        """A forward hook of an attention or MLP."""
-        return output + self(inputs[0]) if self.enabled else output
+    def hook(
+        self,
+        module: nn.Module,  # noqa: ARG002  (torch's signature)
+        args: tuple[Tensor, ...],
+        kwargs: dict[str, Any],
+        output: Any,
+    ) -> Any:
+        """A forward hook of an attention or MLP; attention of transformers gives its weights, too."""
+        if not self.enabled:
+            return output
+        added = self(args[0] if args else kwargs["hidden_states"])
+        return (output[0] + added, *output[1:]) if isinstance(output, tuple) else output + added
 
 
 class ConvpassBackbone(SwitchedBackbone):
@@ -77,7 +86,7 @@ class ConvpassBackbone(SwitchedBackbone):
             self.bypasses: Any = nn.ModuleList([ConvBypass(source.spec, bottleneck, scale) for _ in self.paths])
         modules: dict[str, Any] = dict(source.encoder.named_modules())
         for path, added in zip(self.paths, self.bypasses, strict=True):
-            modules[path].register_forward_hook(added.hook)
+            modules[path].register_forward_hook(added.hook, with_kwargs=True)
         self._own(dict(self.bypasses.named_parameters()))
 
     def parts(self) -> Any:

@@ -47,7 +47,7 @@ class Ladder(nn.Module):
         """The outputs (B, N, D) of all blocks to what is added to each."""
         added = []
         x = self.down[0](states[0])  # (B, N, d)
-        with training_attention(self.blocks, x):
+        with training_attention(x):
             for index, block in enumerate(self.blocks):
                 if index:
                     gate = torch.sigmoid(self.gates[index - 1])

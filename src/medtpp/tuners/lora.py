@@ -73,7 +73,7 @@ class LoRA(PeftTuner[PlainLoRAOptions]):
                 "the role conv. Use --set tuner.start=standard."
             )
         config = self.configure(backbone, self.pattern(backbone), seeds)
-        if self.own_start in ("pissa", "olora"):
+        if self.own_start in ("pissa", "olora", "lora_ga"):
             return StartedLoRA(backbone, config, self.own_start, seeds)
         tuned = PeftBackbone(backbone, config, seeds)
         if self.needs_images and images is not None:

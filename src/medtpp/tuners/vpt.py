@@ -89,6 +89,12 @@ class _BlockHooks:
         if kwargs.get("shared_rel_pos_bias") is not None:  # nor have they a bias by it
             bias = nn.functional.pad(kwargs["shared_rel_pos_bias"], (0, count, 0, count))
             kwargs = {**kwargs, "shared_rel_pos_bias": bias}
+        if "position_embeddings" in kwargs:  # cosines and sines apart, in networks of transformers
+            cosines, sines = (
+                nn.functional.pad(part, (0, 0, 0, count), value=value)
+                for part, value in zip(kwargs["position_embeddings"], (1.0, 0.0), strict=True)
+            )
+            kwargs = {**kwargs, "position_embeddings": (cosines, sines)}
         if not self.first:
             return args, kwargs
         prompts = self.tuned.prompts[self.index].to(tokens.dtype).expand(tokens.shape[0], -1, -1)

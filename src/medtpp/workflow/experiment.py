@@ -18,7 +18,9 @@ from ruamel.yaml.comments import CommentedMap
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from medtpp.backbones.folder import EMBEDDED
+from medtpp.backbones.transformers_weights import PREFIX
 from medtpp.config import PRETEXTS, TASKS, TUNERS, Experiment, experiment_schema
+from medtpp.data.download import is_name
 from medtpp.errors import ConfigError
 from medtpp.files import write_text
 from medtpp.registry import Registry
@@ -113,9 +115,11 @@ def _with_paths(experiment: Experiment, base: Path) -> Experiment:
 
     data, backbone = experiment.data, experiment.backbone
     weights = {}
-    folder, file = found(Path(backbone.name)), found(Path(backbone.weights))
-    if (folder / "backbone.json").is_file() and not (EMBEDDED / backbone.name).is_dir():
-        weights["name"] = str(folder.resolve())
+    prefix = PREFIX if backbone.name.startswith(PREFIX) else ""
+    folder, file = found(Path(backbone.name.removeprefix(prefix))), found(Path(backbone.weights))
+    needed = "config.json" if prefix else "backbone.json"
+    if (folder / needed).is_file() and not (EMBEDDED / backbone.name).is_dir():
+        weights["name"] = f"{prefix}{folder.resolve()}"
     if backbone.weights not in ("pretrained", "random") and file.is_file():
         weights["weights"] = str(file.resolve())
     paths = {"path": found(data.path), "unlabelled": [found(path) for path in data.unlabelled]}
@@ -287,7 +291,8 @@ def _known_fields(model: Any, location: Location) -> list[str]:
 def write_experiment(path: Path, experiment: Experiment) -> None:
     """Write an experiment with a comment for each field that has a description, and with absolute paths."""
     data = experiment.data
-    paths = {"path": data.path.resolve(), "unlabelled": [path.resolve() for path in data.unlabelled]}
+    source = data.path if is_name(data.path) else data.path.resolve()
+    paths = {"path": source, "unlabelled": [path.resolve() for path in data.unlabelled]}
     experiment = experiment.model_copy(update={"data": data.model_copy(update=paths)})
     stream = io.StringIO()
     yaml = YAML(typ="rt")

@@ -82,6 +82,7 @@ class MLPScale(Tuner[MLPScaleOptions]):
     Options: ClassVar[type[MethodOptions]] = MLPScaleOptions
     summary: ClassVar[str] = "a scale of each channel that an MLP adds (arXiv 2205.05638)"
     learning_rate: ClassVar[float] = 3e-3
+    needs: ClassVar[frozenset[str]] = frozenset({"linear"})
 
     def attach(self, backbone: Backbone, seeds: Seeds, images: Tensor | None = None) -> TunedBackbone:  # noqa: ARG002
         """See `Tuner.attach`."""

@@ -13,10 +13,10 @@ from medtpp.errors import ConfigError
 from medtpp.evaluation.metrics import OVERALL
 from medtpp.evaluation.segmentation_table import METRICS as OF_MASKS
 
-Init = Literal["standard", "tpp", "pissa", "olora", "eva", "longer"]
+Init = Literal["standard", "tpp", "pissa", "olora", "eva", "lora_ga", "longer"]
 Extra = Literal["longer", "linear", "full"]
 Labels = int | Literal["all"]
-STARTS = ("pissa", "olora", "eva")  # LoRA's other starts, as `tuner.start` names them
+STARTS = ("pissa", "olora", "eva", "lora_ga")  # LoRA's other starts, as `tuner.start` names them
 REFERENCES = ("linear", "full")  # tuners that are arms of their own
 AUTO = "auto"  # the metric that suits the task
 MARGINS = {"dice": 0.01, "nsd": 0.01, "hd95": 0.5}  # HD95 in mm, or in pixels where the spacing is unknown
@@ -77,7 +77,7 @@ class Axes:
 
     Attributes:
         tuners: Names of tuners; () for the experiment's own.
-        inits: Of "standard", "tpp" and LoRA's other starts "pissa", "olora" and "eva".
+        inits: Of "standard", "tpp" and LoRA's other starts "pissa", "olora", "eva" and "lora_ga".
         extras: Further arms: "longer" for each tuner, "linear" and "full" once.
         labels: How many labelled cases in all, validation included; () for what the experiment says.
         seeds: How many seeds, from the experiment's on.

@@ -39,6 +39,7 @@ _DESCRIPTIONS = {
     "longer": "{} from its own start, fine-tuned for as long as TPP and fine-tuning take together",
     "pissa": "{} started from the main singular values of the weights (PiSSA), then fine-tuning",
     "olora": "{} started from a QR decomposition of the weights (OLoRA), then fine-tuning",
+    "lora_ga": "{} started from the main directions of the task's first gradients (LoRA-GA), then fine-tuning",
     "eva": "{} started from the main directions of the training images' features (EVA), then fine-tuning",
 }
 _FULL = "all weights of the backbone fine-tuned"

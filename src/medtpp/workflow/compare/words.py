@@ -13,6 +13,7 @@ _BASELINES = {
     "pissa": "a start by PiSSA",
     "olora": "a start by OLoRA",
     "eva": "a start by EVA",
+    "lora_ga": "a start by LoRA-GA",
     "linear": "frozen features",
     "full": "full fine-tuning",
 }
