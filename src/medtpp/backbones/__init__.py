@@ -65,7 +65,8 @@ def load(
     options = name if isinstance(name, BackboneOptions) else BackboneOptions(name=name, weights=weights)
     if options.dims == "auto":
         lengths = {len(sides) for sides in (options.patch_size, image_size) if isinstance(sides, tuple)}
-        options = options.model_copy(update={"dims": max(lengths) if lengths else own_dims(options.name)})
+        dims = (3 if 3 in lengths else 2) if lengths else own_dims(options.name)
+        options = options.model_copy(update={"dims": dims})
     if options.revision and options.weights != "pretrained" and not options.name.startswith(("hf-hub:", "hf_hub:")):
         raise ConfigError(f"backbone.revision chooses weights of the hub, but backbone.weights is {options.weights}.")
     for family in BACKBONES.values():

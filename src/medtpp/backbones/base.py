@@ -338,7 +338,7 @@ def other_dims(name: str, own: int, wanted: int) -> ConfigError:
     """The error for a backbone that is asked to encode images of a number of dimensions that it cannot."""
     return ConfigError(
         f"{name} encodes {own}D images alone, and backbone.dims is {wanted}. "
-        "medtpp_vit_tiny, folders of `medtpp pretrain` and timm's vision transformers encode volumes."
+        "medtpp_vit_tiny, folders of `medtpp pretrain`, timm's vision transformers and MONAI's networks encode volumes."
     )
 
 

@@ -100,7 +100,7 @@ def refuse_volumes(options: BackboneOptions) -> None:
     if options.dims == 3:
         raise ConfigError(
             f"{options.name} encodes 2D images alone, and backbone.dims is 3. medtpp_vit_tiny, folders of "
-            "`medtpp pretrain` and timm's vision transformers encode volumes."
+            "`medtpp pretrain`, timm's vision transformers and MONAI's networks encode volumes."
         )
     if options.patch_size is not None or options.channels is not None:
         raise ConfigError(
