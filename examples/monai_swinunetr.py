@@ -1,4 +1,4 @@
-"""LoRA on the attention of MONAI's SwinUNETR, primed by one line: medtpp.tpp(model, loader).
+"""LoRA on the attention of MONAI's SwinUNETR, primed by one line: medtpp.tpp(model, loader, features="").
 
 The network has random weights and the volumes are made up; of your own, load weights with `network.load_from` or
 `load_state_dict`, and give the loader of your training patches.
@@ -27,7 +27,8 @@ def main(count: int = 16, size: int = 32, tpp_steps: int = 100, epochs: int = 5)
     lora = LoraConfig(target_modules=r".*\.attn\.(qkv|proj)", r=4, modules_to_save=["out.conv"])
     model = get_peft_model(network, lora)
 
-    record = medtpp.tpp(model, loader, steps=tpp_steps)  # the added line
+    # The added line. features="" goes through the decoder, to full resolution; without it, the encoder alone is run.
+    record = medtpp.tpp(model, loader, features="", steps=tpp_steps)
     print(f"TPP by {record.card.pretext['name']}: loss {record.losses[0]:.3f} to {record.losses[-1]:.3f}")
 
     criterion = DiceCELoss(to_onehot_y=True, softmax=True)

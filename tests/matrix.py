@@ -17,6 +17,7 @@ import timm
 import torch
 from safetensors.torch import load_file
 from timm.models import register_model
+from timm.models.beit import Beit
 from timm.models.convnext import ConvNeXt
 from timm.models.densenet import DenseNet
 from timm.models.eva import Eva
@@ -57,6 +58,11 @@ _KINDS = {
     # Like EVA-02: queries, keys and values apart, a gated MLP, rotary and absolute positions.
     "medtpp_test_gated": partial(
         _EVA, qkv_fused=False, swiglu_mlp=True, scale_mlp=True, use_rot_pos_emb=True, use_fc_norm=False
+    ),
+    # Biases by relative position of each block and of all, fused biases of queries and values.
+    "medtpp_test_beit": partial(
+        Beit, proj_drop_rate=0.2, use_rel_pos_bias=True, use_shared_rel_pos_bias=True, init_values=0.3,
+        use_fc_norm=False, **_COMMON,
     ),
 }  # fmt: skip
 # Hierarchical networks whose last map has the same grid: some last stages do not halve it. Each lies in timm's module

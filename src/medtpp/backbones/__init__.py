@@ -41,6 +41,7 @@ __all__ = [
     "hash_state",
     "load",
     "match_channels",
+    "own_dims",
     "tensors_in",
     "training_attention",
 ]
@@ -64,7 +65,8 @@ def load(
     options = name if isinstance(name, BackboneOptions) else BackboneOptions(name=name, weights=weights)
     if options.dims == "auto":
         lengths = {len(sides) for sides in (options.patch_size, image_size) if isinstance(sides, tuple)}
-        options = options.model_copy(update={"dims": 3 if 3 in lengths else 2})
+        dims = (3 if 3 in lengths else 2) if lengths else own_dims(options.name)
+        options = options.model_copy(update={"dims": dims})
     if options.revision and options.weights != "pretrained" and not options.name.startswith(("hf-hub:", "hf_hub:")):
         raise ConfigError(f"backbone.revision chooses weights of the hub, but backbone.weights is {options.weights}.")
     for family in BACKBONES.values():
@@ -82,10 +84,15 @@ def load(
     )
 
 
+def own_dims(name: str) -> int:
+    """3 for networks of volumes; 2 for those of images, which may be made to encode volumes, in patches of any size."""
+    return next((getattr(family, "own_dims", 2) for family in BACKBONES.values() if family.recognises(name)), 2)
+
+
 def kinds() -> dict[str, frozenset[str]]:
     """What kinds of backbones there are, by a short name, and what each kind has, of `CAPABILITIES`.
 
-    ResNet stands for ConvNets without linear layers, DenseNet too.
+    ResNet stands for ConvNets without linear layers, DenseNet too, and SegResNet for those of volumes.
     """
     found: dict[str, frozenset[str]] = {}
     for family in BACKBONES.values():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,8 +24,9 @@ CAPABILITIES = {
     "attention": "attention (a transformer)",
     "linear": "linear layers in the blocks",
     "convolutions": "convolutions in the blocks",
+    "flat_layers": "linear layers, or convolutions of images and not of volumes, in the blocks",
 }
-PLAIN_VIT = frozenset({"dense", "masks", "drops_tokens", "sequence", "attention", "linear"})
+PLAIN_VIT = frozenset({"dense", "masks", "drops_tokens", "sequence", "attention", "linear", "flat_layers"})
 
 
 def describe_lacking(needs: frozenset[str], capabilities: frozenset[str]) -> str:
@@ -98,6 +100,13 @@ class Spec:
     def grid(self) -> tuple[int, ...]:
         """Patches along each spatial dimension."""
         return tuple(size // patch for size, patch in zip(self.image_size, self.patch, strict=True))
+
+    @property
+    def effort(self) -> int:
+        """Tokens of an image; where a network has no blocks of tokens, patches of 256 pixels count as such."""
+        if self.depth and not self.pyramid:
+            return math.prod(self.grid)
+        return math.ceil(math.prod(self.image_size) / 256)
 
 
 @dataclass(frozen=True)
@@ -329,7 +338,7 @@ def other_dims(name: str, own: int, wanted: int) -> ConfigError:
     """The error for a backbone that is asked to encode images of a number of dimensions that it cannot."""
     return ConfigError(
         f"{name} encodes {own}D images alone, and backbone.dims is {wanted}. "
-        "medtpp_vit_tiny, folders of `medtpp pretrain` and timm's vision transformers encode volumes."
+        "medtpp_vit_tiny, folders of `medtpp pretrain`, timm's vision transformers and MONAI's networks encode volumes."
     )
 
 

@@ -20,11 +20,11 @@ from medtpp.errors import WeightsError
 
 # Keys under which training scripts keep the weights. DINO's teacher is the better network; MAE and timm say "model".
 _WRAPPERS = ("teacher", "model_ema", "state_dict_ema", "ema", "target_encoder", "model", "state_dict",
-             "model_state_dict", "network", "student", "module", "backbone", "encoder")  # fmt: skip
+             "model_state_dict", "network", "net", "student", "module", "backbone", "encoder")  # fmt: skip
 _ANCHOR = "patch_embed.proj.weight"
 # Parts that change what an encoder computes: a file that has one of these more than the network is of another network.
 _ENCODER = re.compile(
-    r"(blocks|patch_embed|norm_pre|norm|norm_embed)\.|(cls|reg|register|storage|dist)_tokens?$|pos_embed$"
+    r"(blocks|patch_embed|norm_pre|norm|norm_embed|layers[1-4]c?|convInit|down_layers)\.|(cls|reg|register|storage|dist)_tokens?$|pos_embed$"
 )
 _SIZES = {(192, 12): "tiny", (384, 12): "small", (768, 12): "base", (1024, 24): "large", (1280, 32): "huge"}
 

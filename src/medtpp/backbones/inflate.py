@@ -20,10 +20,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from timm.models.beit import Beit
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from medtpp.backbones.base import Inflation
+from medtpp.backbones.beit import add_class_token
 from medtpp.errors import ConfigError
 
 
@@ -41,33 +43,57 @@ class VolumeEmbed(nn.Module):
     """A patch embedding of volumes in the place of timm's `PatchEmbed`, with the attributes that backbones read.
 
     Args:
-        flat: The patch embedding of images; its bias and norm are taken over.
+        proj: The convolution.
+        norm: After it.
         image_size: (D, H, W) in voxels.
-        patch: (pd, ph, pw); ph and pw are those of `flat`.
-        channels: Of the volumes. Where it is not what `flat` takes, each channel starts with an equal share of the sum
-            over the channels of `flat`, so that a volume with the same content in all embeds as a grey one would.
+        patch: (pd, ph, pw), the convolution's kernel and stride.
     """
 
     flatten = True
 
-    def __init__(self, flat: Any, image_size: tuple[int, ...], patch: tuple[int, ...], channels: int) -> None:
+    def __init__(self, proj: nn.Module, norm: nn.Module, image_size: tuple[int, ...], patch: tuple[int, ...]) -> None:
         super().__init__()
         self.img_size = image_size
         self.patch_size = patch
         self.grid_size = tuple(size // side for size, side in zip(image_size, patch, strict=True))
-        weight = flat.proj.weight.detach()  # (width, C, ph, pw)
-        if weight.shape[1] != channels:
-            weight = weight.sum(dim=1, keepdim=True).expand(-1, channels, -1, -1) / channels
-        kernel = (patch[0], patch[1], patch[2])
-        self.proj = PatchProjection(weight.shape[1], weight.shape[0], kernel, kernel, bias=False)
-        self.proj.weight = nn.Parameter(weight[:, :, None].expand(-1, -1, patch[0], -1, -1) / patch[0])
-        self.proj.bias = flat.proj.bias
-        self.norm = flat.norm
+        self.proj = proj
+        self.norm = norm
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, D, H, W) to (B, N, width)."""
         tokens: Tensor = self.norm(self.proj(x).flatten(2).transpose(1, 2))
         return tokens
+
+
+def _deepened(flat: nn.Conv2d, depth: int, channels: int) -> PatchProjection:
+    """A projection of patches of images for those of volumes, `depth` voxels deep; the bias is taken over."""
+    weight = shared_among(flat.weight.detach(), channels)  # (width, C, ph, pw)
+    kernel = (depth, weight.shape[2], weight.shape[3])
+    proj = PatchProjection(channels, weight.shape[0], kernel, kernel, bias=False)
+    proj.weight = nn.Parameter(weight[:, :, None].expand(-1, -1, depth, -1, -1) / depth)
+    proj.bias = flat.bias
+    return proj
+
+
+def shared_among(weight: Tensor, channels: int) -> Tensor:
+    """The weight (width, C, *kernel) of a first layer for other channels: each gets an equal share of the sum.
+
+    So an image with the same content in all channels is seen as a grey one would be.
+    """
+    if weight.shape[1] == channels:
+        return weight
+    return weight.sum(dim=1, keepdim=True).expand(-1, channels, *weight.shape[2:]) / channels
+
+
+def take_channels(encoder: nn.Module, path: str, channels: int) -> Inflation:
+    """Make the first convolution of a network, at `path`, take other channels, in place."""
+    layer: Any = encoder.get_submodule(path)
+    if layer.in_channels == channels:
+        return Inflation()
+    weight = layer.weight.detach()
+    layer.weight = nn.Parameter(shared_among(weight, channels))
+    layer.in_channels = channels
+    return Inflation((f"{path}.weight",), {f"{path}.weight": weight})
 
 
 def inflate(
@@ -98,33 +124,41 @@ def inflate(
     patch = sides(patch_size, 3) or (flat.patch_size[0],) * 3
     size = sides(image_size, 3) or (flat.grid_size[0] * flat.patch_size[0],) * 3
     require_whole(size, patch)
-    names = [name for name in ("patch_embed.proj.weight", "pos_embed") if name in dict(encoder.named_parameters())]
-    originals = {name: encoder.get_parameter(name).detach() for name in names}
+    resampled = ("patch_embed.proj.weight", "pos_embed", "relative_position_bias_table")
+    originals = {name: value.detach() for name, value in encoder.named_parameters() if name.endswith(resampled)}
     encoder.set_input_size(img_size=size[1:], patch_size=patch[1:])
-    encoder.patch_embed = VolumeEmbed(flat, size, patch, channels or flat.proj.in_channels)
+    proj = _deepened(flat.proj, patch[0], channels or flat.proj.in_channels)
+    encoder.patch_embed = VolumeEmbed(proj, flat.norm, size, patch)
     encoder.depth_embed = nn.Parameter(torch.zeros(encoder.patch_embed.grid_size[0], encoder.embed_dim))
     return Inflation(("patch_embed.proj.weight", "depth_embed"), originals)
 
 
 def add_positions(encoder: Any, x: Tensor, prefix: int) -> tuple[Tensor, Tensor | None]:
-    """Prefix tokens and positions of an inflated network.
+    """Prefix tokens and positions.
 
     Args:
-        encoder: The network.
-        x: (B, N, D) patch embeddings, N = depth * rows * columns.
+        encoder: The network; an inflated one has positions of depth, too.
+        x: (B, N, D) patch embeddings, of volumes N = depth * rows * columns.
         prefix: P, the number of class and register tokens.
 
     Returns:
         (B, P + N, D), and the rotations (N, R) if there are.
     """
+    if not hasattr(encoder, "depth_embed"):  # images, or a network that was made for volumes
+        return _add_own(encoder, x)
     batch, (depth, width) = x.shape[0], encoder.depth_embed.shape  # not len(): the batch may be symbolic
     slices = x.reshape(batch, depth, -1, width) + encoder.depth_embed[:, None]  # (B, depth, rows * columns, D)
     # Each slice as an image with prefix tokens, which are the same in all of them.
-    embedded = encoder._pos_embed(slices.flatten(0, 1))
-    tokens, rope = embedded if isinstance(embedded, tuple) else (embedded, None)
+    tokens, rope = _add_own(encoder, slices.flatten(0, 1))
     tokens = tokens.reshape(batch, depth, -1, width)  # (B, depth, P + rows * columns, D)
     tokens = torch.cat([tokens[:, 0, :prefix], tokens[:, :, prefix:].flatten(1, 2)], dim=1)
     return tokens, None if rope is None else rope.repeat(depth, 1)
+
+
+def _add_own(encoder: Any, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The same of a network as timm has it."""
+    embedded = add_class_token(encoder, x) if isinstance(encoder, Beit) else encoder._pos_embed(x)
+    return embedded if isinstance(embedded, tuple) else (embedded, None)
 
 
 def sides(value: int | Sequence[int] | None, dims: int) -> tuple[int, ...] | None:

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from medtpp.backbones.base import Backbone, Features, Layout, Spec
+from medtpp.backbones.base import Backbone, Features, Inflation, Layout, Spec
 from medtpp.errors import ConfigError
 
 
@@ -24,6 +25,8 @@ class Anatomy:
         channels_last: Whether maps are (B, *grid, C) inside.
         cuts_patches: Whether the stem cuts the image into patches that do not overlap, so that masked ones are replaced
             after it. Otherwise they are replaced in the image.
+        normalised: Whether maps, the last one too, leave through a layer norm without weights.
+        reversed: Whether the network has the axes of volumes as (width, height, depth).
     """
 
     stem: tuple[str, ...]
@@ -31,6 +34,8 @@ class Anatomy:
     final: tuple[str, ...] = ()
     channels_last: bool = False
     cuts_patches: bool = False
+    normalised: bool = False
+    reversed: bool = False
 
 
 class Pyramid(Backbone):
@@ -41,10 +46,13 @@ class Pyramid(Backbone):
         spec: What it is; `spec.pyramid` has its stages.
         layout: Where its parts are.
         anatomy: How it runs.
+        inflation: What is new in the encoder, where it takes images of other channels than its weights were made for.
     """
 
-    def __init__(self, encoder: nn.Module, spec: Spec, layout: Layout, anatomy: Anatomy) -> None:
-        super().__init__(encoder, spec, layout)
+    def __init__(
+        self, encoder: nn.Module, spec: Spec, layout: Layout, anatomy: Anatomy, inflation: Inflation | None = None
+    ) -> None:
+        super().__init__(encoder, spec, layout, inflation)
         self.anatomy = anatomy
 
     def encode(
@@ -63,7 +71,7 @@ class Pyramid(Backbone):
             )
         self.check_taps(None, taps)
         anatomy = self.anatomy
-        x = self.normalise(images)
+        x = self._turn(self.normalise(images))
         if mask is not None and not anatomy.cuts_patches:
             x = self._replace(x, mask, mask_token)
         x = self._run(x, anatomy.stem)
@@ -73,8 +81,8 @@ class Pyramid(Backbone):
         for index, paths in enumerate(anatomy.stages):
             x = self._run(x, paths)
             if index in taps:
-                maps.append(self._first(x))
-        tokens = self._first(self._run(x, anatomy.final)).flatten(2).transpose(1, 2)  # (B, N, D)
+                maps.append(self._leave(x))
+        tokens = self._leave(self._run(x, anatomy.final)).flatten(2).transpose(1, 2)  # (B, N, D)
         strides = tuple(self.spec.stages[tap].stride for tap in sorted(taps))
         return Features(images, tokens, 0, self.spec.grid, tuple(maps), strides)
 
@@ -82,6 +90,17 @@ class Pyramid(Backbone):
         for path in paths:
             x = self.encoder.get_submodule(path)(x)
         return x
+
+    def _leave(self, x: Tensor) -> Tensor:
+        """A map as it leaves, (B, C, *grid)."""
+        x = self._first(x)
+        if self.anatomy.normalised:
+            x = F.layer_norm(x.movedim(1, -1), x.shape[1:2]).movedim(-1, 1)
+        return self._turn(x)
+
+    def _turn(self, x: Tensor) -> Tensor:
+        """(B, C, D, H, W) to the network's order of axes, or back."""
+        return x.transpose(2, 4).contiguous() if self.anatomy.reversed else x
 
     def _first(self, x: Tensor) -> Tensor:
         """Channels first, (B, C, *grid)."""
@@ -93,9 +112,9 @@ class Pyramid(Backbone):
 
     def _replace(self, x: Tensor, mask: Tensor, token: Tensor | None) -> Tensor:
         """Put the token, zeros by default, in the place of masked patches (B, N) of (B, C, *sides)."""
-        hidden = mask.reshape(len(mask), 1, *self.spec.grid)
-        for axis, (side, patches) in enumerate(zip(x.shape[2:], self.spec.grid, strict=True), start=2):
-            hidden = hidden.repeat_interleave(side // patches, dim=axis)
+        hidden = self._turn(mask.reshape(len(mask), 1, *self.spec.grid))
+        for axis, side in enumerate(x.shape[2:], start=2):
+            hidden = hidden.repeat_interleave(side // hidden.shape[axis], dim=axis)
         filled = x.new_zeros(x.shape[1]) if token is None else token.to(x.dtype)
         return torch.where(hidden, filled.view(-1, *[1] * self.spec.dims), x)
 
@@ -122,4 +141,6 @@ def capabilities_of(encoder: nn.Module, layout: Layout) -> frozenset[str]:
     inner = layout.paths("attention.qkv", "attention.projection", "mlp.in", "mlp.out")
     if any(isinstance(bare(encoder, path), nn.Linear) for path in inner):
         found.add("linear")
+    if not any(isinstance(bare(encoder, path), nn.Conv3d) for path in layout.paths("conv")):
+        found.add("flat_layers")
     return frozenset(found)

@@ -34,9 +34,9 @@ class TimmPyramidFamily:
 
     summary: ClassVar[str] = "hierarchical networks of timm: Swin, Swin v2, ConvNeXt, ResNet, DenseNet, any by name"
     kinds: ClassVar[dict[str, frozenset[str]]] = {
-        "Swin": frozenset({"dense", "masks", "attention", "linear"}),
-        "ConvNeXt": frozenset({"dense", "masks", "convolutions", "linear"}),
-        "ResNet": frozenset({"dense", "masks", "convolutions"}),
+        "Swin": frozenset({"dense", "masks", "attention", "linear", "flat_layers"}),
+        "ConvNeXt": frozenset({"dense", "masks", "convolutions", "linear", "flat_layers"}),
+        "ResNet": frozenset({"dense", "masks", "convolutions", "flat_layers"}),
     }
     examples: ClassVar[tuple[str, ...]] = (
         "swin_tiny_patch4_window7_224.ms_in22k",
@@ -100,7 +100,7 @@ def refuse_volumes(options: BackboneOptions) -> None:
     if options.dims == 3:
         raise ConfigError(
             f"{options.name} encodes 2D images alone, and backbone.dims is 3. medtpp_vit_tiny, folders of "
-            "`medtpp pretrain` and timm's vision transformers encode volumes."
+            "`medtpp pretrain`, timm's vision transformers and MONAI's networks encode volumes."
         )
     if options.patch_size is not None or options.channels is not None:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""Plain vision transformers of timm: ViT, DeiT, DINOv2 (registers), DINOv3 and other Eva models (rotary positions)."""
+"""Plain vision transformers of timm: ViT, DeiT, DINOv2 (registers), BEiT, DINOv3 and other Eva models (rotary)."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import timm
 import torch
 from timm.layers import PatchEmbed
+from timm.models.beit import Beit
 from timm.models.eva import Eva
 from timm.models.eva import checkpoint_filter_fn as convert_eva
 from timm.models.vision_transformer import VisionTransformer
@@ -28,6 +29,7 @@ from medtpp.backbones.base import (
     hash_state,
     per_channel,
 )
+from medtpp.backbones.beit import arguments_of, convert_beit, run_block
 from medtpp.backbones.checkpoints import load_strict, read_checkpoint, strip_prefix
 from medtpp.backbones.inflate import VolumeEmbed, add_positions, inflate, require_whole, sides
 from medtpp.backbones.timm_layout import vit_layout
@@ -45,11 +47,12 @@ from medtpp.errors import ConfigError
 log = logging.getLogger(__name__)
 
 _HUB = ("hf-hub:", "hf_hub:")
-_PLAIN = ("timm.models.vision_transformer", "timm.models.deit", "timm.models.eva")
+_BEIT = "timm.models.beit"
+_PLAIN = ("timm.models.vision_transformer", "timm.models.deit", "timm.models.eva", _BEIT)
 
 
 class TimmViT(Backbone):
-    """A timm `VisionTransformer` or `Eva`, run block by block so that tokens can be dropped, masked and tapped."""
+    """A timm `VisionTransformer`, `Eva` or `Beit`, run by blocks so that tokens can be dropped, masked and tapped."""
 
     encoder: Any
 
@@ -64,24 +67,24 @@ class TimmViT(Backbone):
         """See `Backbone.encode`."""
         self.check_taps(keep, taps)
         prefix, grid = self.spec.prefix, self.spec.grid
-        x = self._embed(images, keep)  # (B, N, D), or (B, *grid, D) at dynamic image sizes
+        x: Any = self._embed(images, keep)  # (B, N, D), or (B, *grid, D) at dynamic image sizes
         if mask is not None:
             token = x.new_zeros(x.shape[-1]) if mask_token is None else mask_token.to(x.dtype)
             x = torch.where(mask.reshape(*x.shape[:-1], 1), token, x)
-        if self.spec.dims == 3:
-            x, rope = add_positions(self.encoder, x, prefix)  # (B, P + N, D)
-        else:
-            x = self.encoder._pos_embed(x)
-            x, rope = x if isinstance(x, tuple) else (x, None)
+        x, rope = add_positions(self.encoder, x, prefix)  # (B, P + N, D)
         if keep is not None:
             x = torch.cat([x[:, :prefix], gather_tokens(x[:, prefix:], keep)], dim=1)  # (B, P + K, D)
             if rope is not None:  # (N, R) to (B, 1, K, R), the head dimension being 1
                 rope = rope[keep][:, None]
-        x = self.encoder.norm_pre(x)
+        if not isinstance(self.encoder, Beit):
+            x = self.encoder.norm_pre(x)
         maps = []
         with training_attention(x):
             for index, block in enumerate(self.encoder.blocks):
-                x = block(x) if rope is None else block(x, rope=rope)
+                if isinstance(self.encoder, Beit):
+                    x = run_block(self.encoder, block, x, keep, math.prod(grid))
+                else:
+                    x = block(x) if rope is None else block(x, rope=rope)
                 if index in taps:
                     patches = x[:, prefix : prefix + math.prod(grid)]  # a tuner's tokens come after them
                     maps.append(patches.transpose(1, 2).unflatten(2, grid))  # (B, D, *grid)
@@ -111,7 +114,7 @@ class TimmViT(Backbone):
 class TimmViTFamily:
     """Builds `TimmViT` backbones by timm name, from the hub, or around a network that exists."""
 
-    summary: ClassVar[str] = "plain vision transformers of timm: ViT, DeiT, DINOv2, DINOv3, EVA-02, any by name"
+    summary: ClassVar[str] = "plain vision transformers of timm: ViT, DeiT, BEiT, DINOv2, DINOv3, EVA-02, any by name"
     kinds: ClassVar[dict[str, frozenset[str]]] = {"ViT": PLAIN_VIT}
     examples: ClassVar[tuple[str, ...]] = (
         "vit_small_patch16_224.dino",
@@ -120,6 +123,7 @@ class TimmViTFamily:
         "vit_small_patch14_dinov2.lvd142m",
         "vit_small_patch14_reg4_dinov2.lvd142m",
         "vit_small_patch16_dinov3.lvd1689m",
+        "beitv2_base_patch16_224.in1k_ft_in22k",
     )
 
     @staticmethod
@@ -144,7 +148,8 @@ class TimmViTFamily:
             check_name(name)
         if hub and options.revision:
             name = f"{name}@{options.revision}"
-        arguments: dict[str, Any] = {"num_classes": 0, "dynamic_img_size": False}
+        beit = model_module(name) == _BEIT
+        arguments: dict[str, Any] = {"num_classes": 0} | ({} if beit else {"dynamic_img_size": False})
         state, source, objective = None, f"timm:{name}", objective_of(name)
         if options.weights == "random":
             source, objective = "random", "unknown"
@@ -154,6 +159,8 @@ class TimmViTFamily:
             if "decoder_embed.weight" in state:  # MAE; timm would take its mask token for DINOv2's or EVA's
                 objective = "pixels"
                 state.pop("mask_token", None)
+            if beit:
+                arguments |= arguments_of(state)
         elif hub:
             source = name
             with readable(name):
@@ -193,10 +200,10 @@ class TimmViTFamily:
                 "with a name such as vit_base_patch16_clip_224.laion2b (of OpenAI, vit_base_patch16_clip_quickgelu_224"
                 ".openai). Towers that open_clip takes from timm are used as they are."
             )
-        if not isinstance(network, VisionTransformer | Eva):
+        if not isinstance(network, VisionTransformer | Eva | Beit):
             return None
         name = type(network).__name__
-        size = image_size if network.dynamic_img_size else None
+        size = image_size if getattr(network, "dynamic_img_size", False) else None
         backbone = wrap_vit(network, name, name, "in memory", "", image_size=size)
         if any(side % patch for side, patch in zip(backbone.spec.image_size, backbone.spec.patch, strict=True)):
             raise ConfigError(f"Images of {image_size} pixels are not made of whole patches of {backbone.spec.patch}.")
@@ -210,7 +217,10 @@ def fill(encoder: Any, state: dict[str, Tensor], source: str) -> None:
     Raises:
         WeightsError: One does not.
     """
-    adapted = convert_eva(state, encoder) if isinstance(encoder, Eva) else convert_vit(state, encoder, True)
+    if isinstance(encoder, Beit):
+        adapted = convert_beit(state, encoder)
+    else:
+        adapted = convert_eva(state, encoder) if isinstance(encoder, Eva) else convert_vit(state, encoder, True)
     log.info("%s: %s", source, load_strict(encoder, adapted, source))
 
 
@@ -309,7 +319,8 @@ def _check_plain(encoder: nn.Module, architecture: str) -> Any:
         ConfigError: It does not.
     """
     vit: Any = encoder
-    if not isinstance(encoder, VisionTransformer | Eva) or not isinstance(vit.patch_embed, PatchEmbed | VolumeEmbed):
+    known = isinstance(encoder, VisionTransformer | Eva | Beit)
+    if not known or not isinstance(vit.patch_embed, PatchEmbed | VolumeEmbed):
         raise ConfigError(f"{architecture} is a {type(encoder).__name__}, not a plain vision transformer.")
     if getattr(vit, "rope_mixed", False):
         raise ConfigError(f"{architecture} learns rotary positions per layer, which cannot follow dropped tokens.")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from medtpp.backbones import Backbone, Spec, gather_tokens, match_channels
 from medtpp.config import PRETEXTS, MethodOptions
+from medtpp.errors import ConfigError
 from medtpp.pretext.base import Pretext
 from medtpp.pretext.mae import normalised, patchify
 from medtpp.seeds import Draws, Seeds
@@ -39,6 +40,12 @@ class SimMIM(Pretext):
         self.patch = spec.patch
         self.channels = spec.channels
         self.num_patches = math.prod(spec.grid)
+        if self.num_patches < 2:
+            size = "x".join(map(str, spec.image_size))
+            raise ConfigError(
+                f"An image of {size} is one patch for {spec.name}, and simmim hides some and shows some. Use larger "
+                "images (data.image_size, of volumes data.volume.patch), or pretext=restoration."
+            )
         self.num_hidden = min(self.num_patches - 1, max(1, round(self.num_patches * options.mask_ratio)))
         with seeds.scope("pretext", "simmim"):
             self.mask_token = nn.Parameter(torch.randn(spec.mask_width) * 0.02)

@@ -137,7 +137,7 @@ def resolve_finetune(
         masks: Whether it is a segmentation.
         devices: The batch size is a multiple of them.
     """
-    batch_size = TOKENS // math.prod(spec.grid)
+    batch_size = TOKENS // spec.effort
     if masks:
         batch_size = min(MASKED, VOXELS // math.prod(spec.image_size))
     options = resolve_stage(

@@ -44,7 +44,6 @@ from medtpp.training.stage import (
 )
 
 TOKENS = 12_544  # in a batch: 64 images of 14 x 14 patches
-PIXELS = 256  # that count as a token where a network has no blocks of tokens: a patch of 16 x 16
 COARSE = 16  # pixels per step; of a coarser map, a linear layer that restores the image would outgrow the network
 
 
@@ -161,11 +160,10 @@ def resolve_tpp(
         trained_head: Whether the pretext head came trained with the backbone.
         devices: The batch size is a multiple of them.
     """
-    tokens = math.prod(spec.grid) if spec.depth else math.ceil(math.prod(spec.image_size) / PIXELS)
     options = resolve_stage(
         options,
         passes=40,
-        batch_size=min(64, max(8, TOKENS // tokens)),
+        batch_size=min(64, max(8, TOKENS // spec.effort)),
         cases=images,
         limits=(200, 2000),
         learning_rate=learning_rate,
@@ -216,7 +214,7 @@ def natural_pretext(spec: backbones.Spec) -> str:
     """The name of the pretext task that uses most of what a backbone can do."""
     if "drops_tokens" in spec.capabilities:
         return "mae"
-    if "masks" in spec.capabilities:
+    if "masks" in spec.capabilities and math.prod(spec.grid) > 1:
         return "simmim"
     return "restoration" if "dense" in spec.capabilities and max(spec.patch) <= COARSE else "byol"
 

@@ -28,6 +28,7 @@ class LoHa(PeftTuner[LoHaOptions]):
     Options: ClassVar[type[MethodOptions]] = LoHaOptions
     summary: ClassVar[str] = "Hadamard products of low-rank updates, through peft (arXiv 2108.06098)"
     learning_rate: ClassVar[float] = 1e-3
+    needs: ClassVar[frozenset[str]] = frozenset({"flat_layers"})
 
     def configure(self, backbone: Backbone, targets: str, seeds: Seeds) -> PeftConfig:  # noqa: ARG002
         """See `PeftTuner.configure`."""
@@ -49,6 +50,7 @@ class LoKr(PeftTuner[LoKrOptions]):
     Options: ClassVar[type[MethodOptions]] = LoKrOptions
     summary: ClassVar[str] = "Kronecker products as updates, through peft (arXiv 2309.14859)"
     learning_rate: ClassVar[float] = 1e-3
+    needs: ClassVar[frozenset[str]] = frozenset({"flat_layers"})
 
     def configure(self, backbone: Backbone, targets: str, seeds: Seeds) -> PeftConfig:  # noqa: ARG002
         """See `PeftTuner.configure`."""

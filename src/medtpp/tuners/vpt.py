@@ -86,6 +86,9 @@ class _BlockHooks:
             half = rope.shape[-1] // 2
             still = torch.cat([rope.new_zeros(count, half), rope.new_ones(count, half)], dim=-1)
             kwargs = {**kwargs, "rope": torch.cat([rope, still.expand(*rope.shape[:-2], -1, -1)], dim=-2)}
+        if kwargs.get("shared_rel_pos_bias") is not None:  # nor have they a bias by it
+            bias = nn.functional.pad(kwargs["shared_rel_pos_bias"], (0, count, 0, count))
+            kwargs = {**kwargs, "shared_rel_pos_bias": bias}
         if "position_embeddings" in kwargs:  # cosines and sines apart, in networks of transformers
             cosines, sines = (
                 nn.functional.pad(part, (0, 0, 0, count), value=value)

@@ -24,7 +24,8 @@ from medtpp.data.volumes import read_mask, read_volume, volume_fingerprint
 from medtpp.errors import ConfigError, DataError
 
 READER = Reader(read_volume, read_mask, volume_fingerprint)
-# Patches of volumes: as many voxels as the 16 x 16 pixels that most networks know, twice as fine across slices.
+# Patches of volumes, for networks of images: as many voxels as the 16 x 16 pixels that most of them know, twice as fine
+# across slices.
 VOLUME_PATCH = (4, 8, 8)
 SEGMENTED = 256  # pixels of a side up to which whole images are segmented; what is larger loses detail
 _TILED = ("pathology", "microscopy")  # too large to be seen whole, and the same everywhere
@@ -151,7 +152,7 @@ def store_volumes(
     backbone, data = experiment.backbone, experiment.data
     if backbone.dims == "auto":
         backbone = backbone.model_copy(update={"dims": len(fingerprint.shapes[0])})
-    if backbone.dims == 3 and backbone.patch_size is None:
+    if backbone.dims == 3 and backbone.patch_size is None and backbones.own_dims(backbone.name) == 2:
         backbone = backbone.model_copy(update={"patch_size": VOLUME_PATCH})
     if backbone.dims == 3 and backbone.channels is None and fingerprint.channels > 1:
         backbone = backbone.model_copy(update={"channels": fingerprint.channels})
@@ -176,9 +177,7 @@ def store_volumes(
 
 def _patch(options: BackboneOptions) -> tuple[tuple[int, ...], int]:
     """The backbone's patch, and the side of its own images."""
-    if options.dims == 3:
-        patch = sides(options.patch_size, 3)
-        assert patch is not None
+    if options.dims == 3 and (patch := sides(options.patch_size, 3)):
         return patch, 0
     spec = backbones.load(options).spec
     return spec.patch, spec.image_size[0]
