@@ -21,6 +21,7 @@ from medtpp.cli._common import (
     errors,
     experiment_from,
     show_paths,
+    show_problems,
     show_split,
 )
 from medtpp.errors import ConfigError, OutputError
@@ -145,6 +146,7 @@ def _show_foreign(comparison: Comparison) -> None:
             f"[yellow]note:[/yellow] {len(foreign.excluded)} foreign images are left out: they are unreadable, or "
             "share pixels or a patient with images of the data set."
         )
+    show_problems(foreign.problems)
 
 
 def _show_plan(comparison: Comparison, out: Path | None) -> None:
@@ -236,11 +238,12 @@ def _show_differences(summary: ComparisonFile) -> None:
             row.verdict,
         )
     console.print(table)
-    question = None
+    console.print()
+    question = ""
     for row in summary.differences:
         if row.question != question:
-            console.print(f"\n{row.question}".rstrip(" "), style="bold", markup=False)
             question = row.question
+            console.print(f"\n{question}", style="bold", markup=False)
         console.print(row.sentence, markup=False)
     for note in summary.notes:
         console.print(f"note: {note}", markup=False)

@@ -197,18 +197,20 @@ def foreign_pool(data: PreparedData, paths: Sequence[Path], progress: Progress |
             f"No image of --foreign is left: all {len(cases)} belong to the data set, or cannot be read"
             f"{f' ({reason})' if reason else ''}. Name a folder of other images, of the same kind."
         )
-    return replace(data, store=store, records=records, tpp=usable, excluded=tuple(sorted(excluded)))
+    problems = tuple(_unlabelled_problems(data.dataset, usable, "foreign"))
+    out = tuple(sorted(excluded))
+    return replace(data, store=store, records=records, tpp=usable, excluded=out, problems=problems)
 
 
-def _unlabelled_problems(dataset: Dataset, unlabelled: Sequence[Case]) -> list[Problem]:
-    if all(case.patient for case in unlabelled) or not any(case.patient for case in dataset.cases):
+def _unlabelled_problems(dataset: Dataset, images: Sequence[Case], kind: str = "unlabelled") -> list[Problem]:
+    if all(case.patient for case in images) or not any(case.patient for case in dataset.cases):
         return []
-    unknown = sum(not case.patient for case in unlabelled)
+    unknown = sum(not case.patient for case in images)
     text = (
-        f"Nothing says whose the {unknown} unlabelled images are. Those with the pixels of a validation or test case "
+        f"Nothing says whose the {unknown} {kind} images are. Those with the pixels of a validation or test case "
         "are left out; other images of their patients are not: see to it that there are none."
     )
-    return [Problem("warning", "unlabelled-without-patients", text)]
+    return [Problem("warning", f"{kind}-without-patients", text)]
 
 
 def _whole_split(
