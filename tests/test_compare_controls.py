@@ -12,8 +12,11 @@ import torch
 from safetensors.torch import load_file
 
 import scans
+import stages
 from medtpp import backbones, tuners
-from medtpp.adapter import RandomDirectionCard, load_adapter, read_card
+from medtpp.adapter import RandomDirectionCard, TPPCard, load_adapter, new_card, read_card, save_adapter
+from medtpp.data.fingerprints import Fingerprints
+from medtpp.data.preprocess import Preprocessing
 from medtpp.errors import ConfigError, DataError
 from medtpp.evaluation.bootstrap import Estimate
 from medtpp.evaluation.paired import Difference
@@ -189,6 +192,23 @@ def test_a_random_direction_is_as_far_from_the_start(tmp_path):
     assert after.fingerprints == pretrained.card.tpp.fingerprints
     assert "random direction" in (adapter_of("random_direction") / "README.md").read_text()
     assert not isinstance(pretrained.card.tpp, RandomDirectionCard)
+
+
+@pytest.mark.parametrize("tuner", ["bitfit", "adalora", "vera", "vpt_deep"])
+def test_whatever_a_tuner_trains_is_moved(tuner, tmp_path):
+    """Copies of the backbone's own weights, prompts, and what stands beside parameters that are not trained."""
+    written = stages.experiment(tmp_path, tuner={"name": tuner}, seed=3)
+    tuned = tuners.attach(backbones.load(written.backbone, image_size=32), written.tuner, seed=3)
+    with torch.no_grad(), Seeds(0).scope("TPP"):
+        for parameter in tuned.targets.values():
+            parameter.add_(torch.randn_like(parameter) * 0.01)
+    card = new_card(tuned, Preprocessing(image_size=32, channels=1), "xray", 3)
+    did = {"pretext": {"name": "mae"}, "steps": 1, "head_warmup": 0, "batch_size": 1, "learning_rate": 1.0, "images": 1}
+    tpp = TPPCard(**did, seed=3, transductive=False, fingerprints=Fingerprints())
+    save_adapter(tmp_path / "tpp", tuned, card.model_copy(update={"tpp": tpp}))
+    run_random_direction(written, tmp_path / "tpp", tmp_path / "moved")
+    moved = load_adapter(tmp_path / "moved" / "adapter")
+    require_a_random_direction(start_of(written, moved), parameters_of(tuned, {}), parameters_of(moved.backbone, {}))
 
 
 def test_directions_are_drawn_by_name():
