@@ -58,6 +58,15 @@ class TPPCard(Options):
     fingerprints: Fingerprints
 
 
+class RandomDirectionCard(TPPCard):
+    """A control for TPP: parameters moved as far as TPP moved them, in a random direction. They have learnt nothing.
+
+    The other fields are those of that TPP.
+    """
+
+    control: Literal["random_direction"]
+
+
 class TaskCard(Options):
     """What the head predicts.
 
@@ -87,7 +96,7 @@ class AdapterCard(Options):
     preprocessing: Preprocessing | VolumePreprocessing
     modality: Modality
     seed: int
-    tpp: TPPCard | None = None
+    tpp: TPPCard | RandomDirectionCard | None = None
     task: TaskCard | None = None
     trained_on: Fingerprints = Fingerprints()
     versions: dict[str, str] = Field(default_factory=lambda: package_versions())
@@ -299,7 +308,13 @@ def _model_card(card: AdapterCard, backbone: TunedBackbone) -> str:
         f"{count:,} target parameters, made by medtpp {card.versions['medtpp']} at {pixels} pixels.",
         "",
     ]
-    if card.tpp:
+    if isinstance(card.tpp, RandomDirectionCard):
+        lines += [
+            f"A control for Target Parameter Pre-training, seed {card.tpp.seed}: from its own start, each parameter "
+            "tensor was moved as far as TPP moved it, in a random direction.",
+            "",
+        ]
+    elif card.tpp:
         selects = TUNERS.get(card.tuner["name"]).selects
         lines += [
             f"Target Parameter Pre-training: `{card.tpp.pretext['name']}`, {card.tpp.steps} steps of "

@@ -22,6 +22,7 @@ from medtpp.cli._common import (
     experiment_from,
     names_in,
     show_paths,
+    show_problems,
     show_split,
 )
 from medtpp.errors import ConfigError, OutputError
@@ -38,7 +39,11 @@ def compare(
     source: Source,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Output folder.")] = None,
     init: Annotated[
-        str, typer.Option(help="Starts to compare: standard, tpp; LoRA's pissa, olora, eva, lora_ga.")
+        str,
+        typer.Option(
+            help="Starts to compare: standard, tpp; its controls tpp_labelled, tpp_foreign, random_direction; LoRA's "
+            "pissa, olora, eva, lora_ga."
+        ),
     ] = "standard,tpp",
     labels: Annotated[
         str | None, typer.Option(help="Numbers of labelled cases in all, such as 30,150,all.", show_default=False)
@@ -67,6 +72,10 @@ def compare(
     modality: Modality = None,
     settings: Settings = None,
     unlabelled: Unlabelled = None,
+    foreign: Annotated[
+        list[Path] | None,
+        typer.Option("--foreign", help="Folder of other images, for the start tpp_foreign. Repeatable."),
+    ] = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
 ) -> None:
@@ -85,6 +94,7 @@ def compare(
         seeds=seeds,
         metric=metric,
         margin=margin,
+        foreign=tuple(map(str, foreign or ())),
     )
     with nullcontext() if dry_run or out is None else hold(out):
         with decoding() as progress:
@@ -98,13 +108,14 @@ def compare(
                 overwrite=overwrite,
                 progress=progress,
             )
-        show_split(comparison.prepared, tpp=bool(comparison.tpp_runs))
+        show_split(comparison.prepared, tpp=bool(comparison.starts))
+        _show_foreign(comparison)
         with console.status("measuring steps"):
             comparison = measure(comparison, out, dry_run=dry_run)
         _show_plan(comparison, out)
         if dry_run or out is None:
             return
-        _follow(run_cells(comparison, out), len(comparison.missing_cells(out)) + len(comparison.missing_tpp(out)))
+        _follow(run_cells(comparison, out), len(comparison.missing_cells(out)) + len(comparison.missing_starts(out)))
         summary = summarise(comparison, out)
         _show_means(summary)
         _show_differences(summary)
@@ -122,15 +133,29 @@ def _counts(text: str | None) -> tuple[Labels, ...]:
     return tuple("all" if name == "all" else int(name) for name in names)
 
 
+def _show_foreign(comparison: Comparison) -> None:
+    """How many images `tpp_foreign` sees."""
+    if (foreign := comparison.foreign) is None:
+        return
+    console.print(f"[bold]foreign[/bold]   {len(foreign.tpp)} images")
+    if foreign.excluded:
+        console.print(
+            f"[yellow]note:[/yellow] {len(foreign.excluded)} foreign images are left out: they are unreadable, or "
+            "share pixels or a patient with images of the data set."
+        )
+    show_problems(foreign.problems)
+
+
 def _show_plan(comparison: Comparison, out: Path | None) -> None:
     """Arms, cells and the time they will take."""
     table = Table(box=None, pad_edge=False, title_justify="left", title="Plan")
     for name in ("labels", "arm", "cells", "steps", "minutes each"):
         table.add_column(name, justify="left" if name in ("labels", "arm") else "right")
     seeds = comparison.axes.seeds
-    for run in dict.fromkeys(tuner for tuner, _ in comparison.tpp_runs):
-        seconds = comparison.tpp_seconds(run)
-        table.add_row("", f"TPP of {run}", str(seeds), str(comparison.budget.tpp), _minutes(seconds))
+    for start in (start for start in comparison.starts if start.seed == comparison.base.seed):
+        steps = str(comparison.budget.tpp) if start.origin is None else ""
+        minutes = _minutes(comparison.start_seconds(start))
+        table.add_row("" if start.labels is None else str(start.labels), start.title, str(seeds), steps, minutes)
     for index, cell in enumerate(cells := [cell for cell in comparison.cells if cell.seed == comparison.base.seed]):
         first = index == 0 or cells[index - 1].labels != cell.labels
         seconds = comparison.seconds(cell)
@@ -138,8 +163,9 @@ def _show_plan(comparison: Comparison, out: Path | None) -> None:
         table.add_row(str(cell.labels) if first else "", cell.arm.name, str(seeds), steps, _minutes(seconds))
     console.print(table)
     machine, missing = comparison.machine, comparison.missing_cells(out)
+    runs = [start for start in comparison.missing_starts(out) if start.origin is None]
     console.print(
-        f"[bold]to do[/bold]     {len(missing)} cells and {len(comparison.missing_tpp(out))} runs of TPP, "
+        f"[bold]to do[/bold]     {len(missing)} cells and {len(runs)} runs of TPP, "
         f"processes {machine.processes}, threads {machine.threads} each\n"
         f"[bold]estimate[/bold]  {_duration(comparison.seconds_left(out))}"
     )
@@ -210,7 +236,11 @@ def _show_differences(summary: ComparisonFile) -> None:
         )
     console.print(table)
     console.print()
+    question = ""
     for row in summary.differences:
+        if row.question != question:
+            question = row.question
+            console.print(f"\n{question}", style="bold", markup=False)
         console.print(row.sentence, markup=False)
     for note in summary.notes:
         console.print(f"note: {note}", markup=False)

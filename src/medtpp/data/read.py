@@ -33,11 +33,15 @@ def read_dataset(options: DataOptions) -> Dataset:
     return _exclude(dataset, options.exclude)
 
 
-def read_unlabelled(paths: Sequence[Path]) -> tuple[Case, ...]:
+def read_unlabelled(paths: Sequence[Path], option: str = "data.unlabelled") -> tuple[Case, ...]:
     """All images under some folders, labels and layout disregarded.
 
     An id is "unlabelled:", the folder's name and the path in it ("unlabelled:pool/a/1.png"), so that it equals no id
     of a labelled data set. An image that lies in two of the folders is one case.
+
+    Args:
+        paths: The folders.
+        option: Where the user named them.
 
     Raises:
         DataError: A folder does not exist or holds no images; all such folders are reported together.
@@ -51,7 +55,7 @@ def read_unlabelled(paths: Sequence[Path]) -> tuple[Case, ...]:
         if not found and folder.is_dir()
     ]
     if wrong:
-        raise DataError("Folders of unlabelled images (data.unlabelled) cannot be used:", wrong)
+        raise DataError(f"Folders of unlabelled images ({option}) cannot be used:", wrong)
     cases: dict[str, Case] = {}
     taken: set[str] = set()
     for folder, found in zip(folders, images, strict=True):

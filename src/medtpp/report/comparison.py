@@ -63,7 +63,7 @@ class Comparison:
         file: comparison.json.
         experiment: What all cells share.
         logs: Fine-tuning logs by arm and labels.
-        tpp_logs: TPP logs by tuner.
+        tpp_logs: TPP logs by the title of the stage: its tuner, and of controls what they are.
         previews: What the pretext task restored, of one seed, by tuner.
     """
 
@@ -81,8 +81,10 @@ def comparison_page(folder: Path) -> str:
     arms = {arm.name: Series(index, arm.name) for index, arm in enumerate(file.arms)}
     tested = [one for one in file.differences if one.value is not None]
     main = [one for one in file.differences if _is_main(file, one)]
-    others = [one for one in file.differences if not _is_main(file, one)]
-    gaps = [gap for one in main or others for gap in one.gaps]
+    others = [one for one in file.differences if not one.question and not _is_main(file, one)]
+    controls = _by_question(file.differences)
+    scattered = main or others or file.differences
+    gaps = [gap for one in scattered for gap in one.gaps]
     return render(
         "comparison.html",
         title=f"{file.data}: does TPP help?",
@@ -91,6 +93,8 @@ def comparison_page(folder: Path) -> str:
         answer=_answer(file, main),
         main=main,
         others=others,
+        controls=controls,
+        scattered=scattered,
         verdicts=VERDICTS,
         arms=arms,
         means={(mean.arm, mean.labels): mean for mean in file.means},
@@ -100,7 +104,7 @@ def comparison_page(folder: Path) -> str:
         losses=(figures.BASELINE, figures.PRETRAINED),
         finetune=_finetune_plots(comparison),
         changes=_changes(file.tpp),
-        tuners=_tuners(comparison),
+        stages=_stages(comparison),
         pretext=_pretext_plot(comparison),
         costs=_costs(file),
         failed=[(one.cell, without_folders(one.reason)) for one in file.failed],
@@ -120,8 +124,8 @@ def read_comparison(folder: Path) -> Comparison:
     previews: dict[str, Picture] = {}
     for stage in file.tpp:
         if stage.log is not None:
-            tpp_logs.setdefault(stage.tuner, []).append(_read_losses(_inside(folder, stage.log)))
-        if stage.preview is not None and stage.tuner not in previews:
+            tpp_logs.setdefault(stage.title, []).append(_read_losses(_inside(folder, stage.log)))
+        if stage.preview is not None and stage.init == "tpp" and stage.tuner not in previews:
             previews[stage.tuner] = read_picture(_inside(folder, stage.preview), longest=900)
     return Comparison(file, read_experiment(folder / "experiment.yaml"), logs, tpp_logs, previews)
 
@@ -142,6 +146,15 @@ def _is_main(file: ComparisonFile, one: DifferenceFile) -> bool:
     arms = {arm.name: arm for arm in file.arms}
     arm, baseline = arms.get(one.arm), arms.get(one.baseline)
     return arm is not None and baseline is not None and (baseline.tuner, baseline.init) == (arm.tuner, "standard")
+
+
+def _by_question(differences: Iterable[DifferenceFile]) -> dict[str, list[DifferenceFile]]:
+    """What TPP is against its controls, by the question that each answers."""
+    found: dict[str, list[DifferenceFile]] = {}
+    for one in differences:
+        if one.question:
+            found.setdefault(one.question, []).append(one)
+    return found
 
 
 def _answer(file: ComparisonFile, main: list[DifferenceFile]) -> str:
@@ -213,23 +226,23 @@ def _labels(file: ComparisonFile, labels: str) -> str:
     return f"{file.label_counts[labels]:,} labels" + (" (all)" if labels == "all" else "")
 
 
-def _tuners(comparison: Comparison) -> list[Series]:
-    return [Series(index, tuner) for index, tuner in enumerate(comparison.tpp_logs)]
+def _stages(comparison: Comparison) -> list[Series]:
+    return [Series(index, title) for index, title in enumerate(comparison.tpp_logs)]
 
 
 def _pretext_plot(comparison: Comparison) -> Plot | None:
     if not comparison.tpp_logs:
         return None
-    bands = {series: loss_band(comparison.tpp_logs[series.name]) for series in _tuners(comparison)}
+    bands = {series: loss_band(comparison.tpp_logs[series.name]) for series in _stages(comparison)}
     ends = "; ".join(f"{look.name} from {band.mean[0]:.3f} to {band.mean[-1]:.3f}" for look, band in bands.items())
     return Plot("TPP", figures.bands_figure(bands, "pretext", "pretext loss"), f"Pretext loss: {ends}.")
 
 
 @dataclass(frozen=True)
 class Change:
-    """What TPP changed for a tuner, over its seeds: median, least and greatest, as texts."""
+    """What TPP, or a control, changed for a tuner, over its seeds: median, least and greatest, as texts."""
 
-    tuner: str
+    title: str
     seeds: int
     loss_on: str
     loss_off: str
@@ -238,19 +251,19 @@ class Change:
 
 
 def _changes(stages: Iterable[ComparedTPPFile]) -> list[Change]:
-    by_tuner: dict[str, list[ComparedTPPFile]] = {}
+    by_title: dict[str, list[ComparedTPPFile]] = {}
     for stage in stages:
-        by_tuner.setdefault(stage.tuner, []).append(stage)
+        by_title.setdefault(stage.title, []).append(stage)
     return [
         Change(
-            tuner=tuner,
+            title=title,
             seeds=len(found),
             loss_on=_range([one.pretext_loss_on for one in found]),
             loss_off=_range([one.pretext_loss_off for one in found]),
             drift=_range([one.feature_drift for one in found]),
             seconds=fmean(one.seconds for one in found),
         )
-        for tuner, found in by_tuner.items()
+        for title, found in by_title.items()
     ]
 
 

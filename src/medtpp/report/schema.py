@@ -242,6 +242,7 @@ class DifferenceFile(FileModel):
     verdict: Verdict
     sentence: str
     by_seed: dict[str, float | None]
+    question: str = ""  # that the baseline answers, where it is a control for TPP
 
     @property
     def gaps(self) -> list[float]:
@@ -250,9 +251,11 @@ class DifferenceFile(FileModel):
 
 
 class ComparedTPPFile(FileModel):
-    """A TPP stage of a comparison."""
+    """A TPP stage of a comparison: TPP itself, or a control on other images."""
 
     tuner: str
+    init: str = "tpp"
+    labels: str | None = None
     seed: int
     pretext_loss_on: float
     pretext_loss_off: float
@@ -260,6 +263,12 @@ class ComparedTPPFile(FileModel):
     seconds: float
     log: str | None = None
     preview: str | None = None
+
+    @property
+    def title(self) -> str:
+        """The tuner; of a control, the arm with its labels where it is another for each number of them."""
+        labels = "" if self.labels is None else f", {self.labels} labels"
+        return self.tuner if self.init == "tpp" else f"{self.tuner} {self.init}{labels}"
 
 
 class FailedFile(FileModel):

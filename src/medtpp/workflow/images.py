@@ -175,6 +175,15 @@ def store_volumes(
     return Stored(experiment.model_copy(update={"backbone": backbone, "data": data}), store, preprocessing)
 
 
+def store_more(
+    cases: Sequence[Case], preprocessing: Preprocessing | VolumePreprocessing, progress: Progress | None = None
+) -> ImageCache | VolumeStore:
+    """Prepare further images, without their masks, as those of a data set were. Records tell which cannot be used."""
+    if isinstance(preprocessing, Preprocessing):
+        return build(cases, preprocessing, progress=progress)
+    return build_store(cases, preprocessing, (), READER, progress=progress)
+
+
 def _patch(options: BackboneOptions) -> tuple[tuple[int, ...], int]:
     """The backbone's patch, and the side of its own images."""
     if options.dims == 3 and (patch := sides(options.patch_size, 3)):

@@ -24,7 +24,7 @@ from medtpp.training.dense import require_decoder
 from medtpp.training.finetune import resolve_finetune
 from medtpp.training.stage import StageData, augmenter_of
 from medtpp.training.tpp import make_pretext, require_batches, require_pair, require_targets, resolve_tpp
-from medtpp.workflow.images import are_photographs, scan, store_photographs, store_volumes, with_task
+from medtpp.workflow.images import are_photographs, scan, store_more, store_photographs, store_volumes, with_task
 
 
 @dataclass(frozen=True)
@@ -170,15 +170,47 @@ def arrange(data: PreparedData, experiment: Experiment, backbone: backbones.Back
     return Prepared(**fields, experiment=resolved, split=split)
 
 
-def _unlabelled_problems(dataset: Dataset, unlabelled: Sequence[Case]) -> list[Problem]:
-    if all(case.patient for case in unlabelled) or not any(case.patient for case in dataset.cases):
+def foreign_pool(data: PreparedData, paths: Sequence[Path], progress: Progress | None = None) -> PreparedData:
+    """The same data with images of another source in the place of those that TPP may see.
+
+    Left out are images that cannot be read, and those that share their pixels or a patient with any image of the data,
+    whether training, validation, test or unlabelled: what is left is foreign.
+
+    Args:
+        data: Prepared.
+        paths: Folders of images; labels are disregarded.
+        progress: Called with images decoded so far and in all.
+
+    Raises:
+        DataError: A folder does not exist or holds no images, or none is left.
+    """
+    cases = read_unlabelled(paths, "--foreign")
+    store = store_more(cases, data.preprocessing, progress)
+    records: dict[str, Record] = {record.case: record for record in store.records}
+    known = data.fingerprints([*data.dataset.cases, *data.tpp])
+    known |= Fingerprints(images=tuple(record.fingerprint for record in data.records.values()))
+    excluded = {*known.overlap(cases, records), *(case for case, record in records.items() if record.error)}
+    usable = tuple(case for case in cases if case.id not in excluded)
+    if not usable:
+        reason = next((record.error for record in records.values() if record.error), None)
+        raise DataError(
+            f"No image of --foreign is left: all {len(cases)} belong to the data set, or cannot be read"
+            f"{f' ({reason})' if reason else ''}. Name a folder of other images, of the same kind."
+        )
+    problems = tuple(_unlabelled_problems(data.dataset, usable, "foreign"))
+    out = tuple(sorted(excluded))
+    return replace(data, store=store, records=records, tpp=usable, excluded=out, problems=problems)
+
+
+def _unlabelled_problems(dataset: Dataset, images: Sequence[Case], kind: str = "unlabelled") -> list[Problem]:
+    if all(case.patient for case in images) or not any(case.patient for case in dataset.cases):
         return []
-    unknown = sum(not case.patient for case in unlabelled)
+    unknown = sum(not case.patient for case in images)
     text = (
-        f"Nothing says whose the {unknown} unlabelled images are. Those with the pixels of a validation or test case "
+        f"Nothing says whose the {unknown} {kind} images are. Those with the pixels of a validation or test case "
         "are left out; other images of their patients are not: see to it that there are none."
     )
-    return [Problem("warning", "unlabelled-without-patients", text)]
+    return [Problem("warning", f"{kind}-without-patients", text)]
 
 
 def _whole_split(

@@ -211,7 +211,7 @@ def finetune_stage(prepared: Prepared, folder: Path, tell: Tell, *, start: Path 
         start=start,
     )
     key = _key(prepared, "finetune", "task") | {
-        "start": None if start is None else digest(*(f.read_bytes() for f in sorted(start.glob("*.safetensors")))),
+        "start": None if start is None else weights_digest(start),
         "start card": None if card is None else card.model_dump(mode="json", exclude={"versions"}),
         "classes": prepared.dataset.classes,
         "structures": [[structure.name, structure.values] for structure in prepared.dataset.structures],
@@ -272,6 +272,11 @@ def evaluate_stage(
     if prepared.dataset.structures:
         return segmented(prepared, loaded, folder, seed=seed, resamples=resamples, notes=notes, pictures=mistakes)
     return classified(prepared, loaded, folder, seed=seed, resamples=resamples, notes=notes, pictures=mistakes)
+
+
+def weights_digest(adapter: Path) -> str:
+    """One hash of an adapter folder's parameters."""
+    return digest(*(file.read_bytes() for file in sorted(adapter.glob("*.safetensors"))))
 
 
 def _key(prepared: Prepared, *sections: str) -> dict[str, Any]:

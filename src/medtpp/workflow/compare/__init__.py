@@ -4,6 +4,7 @@ OUT/experiment.yaml, split.csv        # one split for all: the patients of the t
 OUT/axes.json, inputs.json            # what is compared, and a hash of what the results depend on
 OUT/timing.json                       # measured steps
 OUT/tpp/TUNER/seedN/                  # one pretext stage for all label counts of a tuner and seed
+OUT/tpp/TUNER-INIT/                   # the same for controls; of "tpp_labelled" one for each label count
 OUT/cells/TUNER-INIT/LABELS/seedN/    # finetune/, evaluation/, complete.json
 OUT/logs/                             # what the processes said, and why some failed
 OUT/cells.csv, comparison.json        # the results

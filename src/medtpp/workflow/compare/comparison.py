@@ -17,13 +17,15 @@ from medtpp.errors import ConfigError, OutputError
 from medtpp.files import MARKER, prepare_folder, read_json, write_json
 from medtpp.training.device import choose_accelerator, choose_precision
 from medtpp.training.stage import number
-from medtpp.workflow.compare.plan import Arm, Axes, Cell, Labels, base_experiment, cell_experiment, settled
+from medtpp.workflow.compare.plan import Arm, Axes, Cell, Labels, Start, base_experiment, cell_experiment, settled
 from medtpp.workflow.compare.work import Timing
-from medtpp.workflow.prepare import Prepared, arrange, prepare
+from medtpp.workflow.prepare import Prepared, PreparedData, arrange, foreign_pool, prepare
 from medtpp.workflow.run import content, open_run
+from medtpp.workflow.steps import refuse_folder
 
 Progress = Callable[[int, int], None]
 _AXES, _INPUTS = "axes.json", "inputs.json"
+_FOREIGN = "foreign images"
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,7 @@ class Comparison:
         budget: Steps.
         machine: How the cells are spread.
         timings: What a tuner costs here at a batch size, once it is measured; see `timing`.
+        foreign: The same data with foreign images in the place of those that TPP may see, where they are asked for.
     """
 
     axes: Axes
@@ -75,6 +78,7 @@ class Comparison:
     budget: Budget
     machine: Machine
     timings: Mapping[str, Timing] = field(default_factory=dict)
+    foreign: PreparedData | None = None
 
     @property
     def arms(self) -> tuple[Arm, ...]:
@@ -88,13 +92,22 @@ class Comparison:
 
     @property
     def cells(self) -> tuple[Cell, ...]:
-        """All cells."""
-        return tuple(self.axes.cells(self.base))
+        """All cells but those of `tpp_labelled` in which it would see the very images that TPP sees."""
+        same = self.labels_of_tpp if "tpp_labelled" in self.axes.inits else ()
+        cells = self.axes.cells(self.base)
+        return tuple(cell for cell in cells if cell.arm.init != "tpp_labelled" or cell.labels not in same)
 
     @property
-    def tpp_runs(self) -> tuple[tuple[str, int], ...]:
-        """Tuner and seed of each pretext stage."""
-        return tuple(dict.fromkeys((cell.arm.tuner, cell.seed) for cell in self.cells if cell.arm.init == "tpp"))
+    def labels_of_tpp(self) -> tuple[Labels, ...]:
+        """The label counts at which all the images that TPP sees are labelled; () where it sees unlabelled ones."""
+        if len(self.prepared.tpp) > len(self.prepared.cases("train")):
+            return ()
+        return "all", len(self.prepared.cases("train", "val"))
+
+    @property
+    def starts(self) -> tuple[Start, ...]:
+        """What cells start from, each once, after what it is made from."""
+        return tuple(dict.fromkeys(start for cell in self.cells for start in cell.starts))
 
     def timing_key(self, tuner: str, labels: Labels) -> str:
         """The key of `timings`: a step costs the same wherever tuner and batch size are the same."""
@@ -112,8 +125,12 @@ class Comparison:
         timing, spent = self.timing(cell.arm.tuner, cell.labels), self.tpp_seconds(cell.arm.tuner)
         return None if timing is None or spent is None else steps + max(1, round(spent / timing.finetune_step))
 
+    def start_seconds(self, start: Start) -> float | None:
+        """What a start takes to make; None where it could not be measured."""
+        return self.tpp_seconds(start.arm.tuner) if start.origin is None else 0.0
+
     def tpp_seconds(self, tuner: str) -> float | None:
-        """What one pretext stage of a tuner takes; None where it could not be measured."""
+        """What one pretext stage of a tuner takes, on whichever images; None where it could not be measured."""
         timing = next((found for labels in self.labels if (found := self.timing(tuner, labels))), None)
         return None if timing is None else timing.tpp_rest + self.budget.tpp * timing.tpp_step
 
@@ -122,11 +139,10 @@ class Comparison:
         timing, steps = self.timing(cell.arm.tuner, cell.labels), self.steps(cell)
         return None if timing is None or steps is None else timing.cell_rest + steps * timing.finetune_step
 
-    def missing_tpp(self, out: Path | None) -> list[tuple[str, int]]:
-        """The pretext stages, by tuner and seed, that some cell needs and that are not done."""
-        needed = {(cell.arm.tuner, cell.seed) for cell in self.missing_cells(out) if cell.arm.init == "tpp"}
-        runs = [run for run in self.tpp_runs if run in needed]
-        return [run for run in runs if out is None or not (tpp_folder(out, *run) / MARKER).is_file()]
+    def missing_starts(self, out: Path | None) -> list[Start]:
+        """What some cell that is not done starts from, and what that is made from, as far as it is not done."""
+        needed = dict.fromkeys(start for cell in self.missing_cells(out) for start in cell.starts)
+        return [start for start in needed if out is None or not (start.folder(out) / MARKER).is_file()]
 
     def missing_cells(self, out: Path | None) -> list[Cell]:
         """The cells that are not done."""
@@ -134,14 +150,9 @@ class Comparison:
 
     def seconds_left(self, out: Path | None) -> float:
         """What is not done yet will take, all processes at work."""
-        stages = [self.tpp_seconds(tuner) for tuner, _ in self.missing_tpp(out)]
+        stages = [self.start_seconds(start) for start in self.missing_starts(out)]
         cells = [self.seconds(cell) for cell in self.missing_cells(out)]
         return sum(seconds for seconds in [*stages, *cells] if seconds is not None) / self.machine.processes
-
-
-def tpp_folder(out: Path, tuner: str, seed: int) -> Path:
-    """Where the pretext stage of a tuner and seed lies."""
-    return out / "tpp" / tuner / f"seed{seed}"
 
 
 def log_file(out: Path, folder: Path) -> Path:
@@ -199,6 +210,8 @@ def open_comparison(
             comparison of other data, with another metric, margin, precision or accelerator.
     """
     axes = axes.resolved(experiment)
+    if out is not None and not dry_run:
+        refuse_folder(out, map(Path, axes.foreign), resume=resume, overwrite=overwrite)
     kept = out is not None and not overwrite and (out / _AXES).is_file()
     if out is not None and kept and (resume or dry_run):
         axes = axes.joined(Axes.load(read_json(out / _AXES)))
@@ -208,24 +221,28 @@ def open_comparison(
     planned: list[Comparison] = []
 
     def verify(prepared: Prepared) -> None:
+        foreign = foreign_pool(prepared, [Path(path) for path in axes.foreign], progress) if axes.foreign else None
         if out is not None and kept:
-            _refuse_other_data(out, _inputs(prepared))
-        planned.append(_plan(axes, base, prepared, jobs))
+            _refuse_other_data(out, _inputs(prepared, foreign))
+        planned.append(_plan(axes, base, prepared, foreign, jobs))
 
     if dry_run or out is None:
         verify(prepare(whole, split_file=out / "split.csv" if out and kept else None, progress=progress))
     else:
         prepared = open_run(whole, out, resume=resume, overwrite=overwrite, progress=progress, verify=verify)
         write_json(out / _AXES, asdict(planned[0].axes))
-        write_json(out / _INPUTS, _inputs(prepared))
+        write_json(out / _INPUTS, _inputs(prepared, planned[0].foreign))
     return planned[0]
 
 
-def _plan(axes: Axes, base: Experiment, prepared: Prepared, jobs: int | None) -> Comparison:
+def _plan(
+    axes: Axes, base: Experiment, prepared: Prepared, foreign: PreparedData | None, jobs: int | None
+) -> Comparison:
     """The comparison on data that were prepared.
 
     Raises:
-        MedtppError: A cell is not possible, or the metric is of another task.
+        MedtppError: A cell is not possible, a control sees what TPP sees in all its cells, or the metric is of another
+            task.
     """
     axes = axes.measured(masks=bool(prepared.dataset.structures))
     base = settled(base, prepared.experiment)
@@ -237,7 +254,14 @@ def _plan(axes: Axes, base: Experiment, prepared: Prepared, jobs: int | None) ->
             finetune[cell.labels], batch[cell.labels] = number(resolved.steps), number(resolved.batch_size)
     tpp = prepared.experiment.tpp
     budget = Budget(number(tpp.steps) + number(tpp.head_warmup) if tpp.enabled else 0, finetune, batch)
-    return Comparison(axes, base, prepared, budget, share_machine(base, len(tuple(axes.cells(base))), jobs))
+    machine = share_machine(base, len(tuple(axes.cells(base))), jobs)
+    comparison = Comparison(axes, base, prepared, budget, machine, foreign=foreign)
+    if "tpp_labelled" in axes.inits and all(cell.arm.init != "tpp_labelled" for cell in comparison.cells):
+        raise ConfigError(
+            "TPP sees labelled images alone, all of them, so tpp_labelled would be the same. Name smaller numbers with "
+            "--labels, give more images with --unlabelled, or leave tpp_labelled out of --init."
+        )
+    return comparison
 
 
 def share_machine(experiment: Experiment, cells: int, jobs: int | None = None) -> Machine:
@@ -251,8 +275,8 @@ def share_machine(experiment: Experiment, cells: int, jobs: int | None = None) -
     return Machine(processes, max(1, cores // processes), gpus)
 
 
-def _inputs(prepared: Prepared) -> dict[str, Any]:
-    """What the results of all cells depend on, beside the experiment: a resumed comparison must have the same."""
+def _inputs(prepared: Prepared, foreign: PreparedData | None) -> dict[str, Any]:
+    """What the results of cells depend on, beside the experiment: a resumed comparison must have the same."""
     hardware = prepared.experiment.hardware
     accelerator = choose_accelerator(hardware.accelerator)
     cases = {name: [case for case in prepared.dataset.cases if prepared.whole_split.get(case.id) == name]
@@ -262,11 +286,13 @@ def _inputs(prepared: Prepared) -> dict[str, Any]:
         "precision": choose_precision(hardware.precision, accelerator)[0],
         **{f"{name} cases": content(prepared, found) for name, found in cases.items()},
         "images of TPP": content(prepared, prepared.tpp),
+        **({_FOREIGN: content(foreign, foreign.tpp)} if foreign else {}),
     }
 
 
 def _refuse_other_data(out: Path, now: dict[str, Any]) -> None:
     before = read_json(out / _INPUTS) if (out / _INPUTS).is_file() else {}
+    now = {name: value for name, value in now.items() if name in before or name != _FOREIGN}  # they may be added
     changed = [name for name in now if json.dumps(before.get(name)) != json.dumps(now[name])]
     if changed:
         raise ConfigError(

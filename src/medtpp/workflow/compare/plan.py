@@ -13,10 +13,14 @@ from medtpp.errors import ConfigError
 from medtpp.evaluation.metrics import OVERALL
 from medtpp.evaluation.segmentation_table import METRICS as OF_MASKS
 
-Init = Literal["standard", "tpp", "pissa", "olora", "eva", "lora_ga", "longer"]
+Init = Literal[
+    "standard", "tpp", "tpp_labelled", "tpp_foreign", "random_direction", "pissa", "olora", "eva", "lora_ga", "longer"
+]
 Extra = Literal["longer", "linear", "full"]
 Labels = int | Literal["all"]
 STARTS = ("pissa", "olora", "eva", "lora_ga")  # LoRA's other starts, as `tuner.start` names them
+CONTROLS = ("tpp_labelled", "tpp_foreign", "random_direction")  # what may be behind a difference that TPP makes
+PRIMED = ("tpp", *CONTROLS)  # fine-tuning starts from an adapter folder
 REFERENCES = ("linear", "full")  # tuners that are arms of their own
 AUTO = "auto"  # the metric that suits the task
 MARGINS = {"dice": 0.01, "nsd": 0.01, "hd95": 0.5}  # HD95 in mm, or in pixels where the spacing is unknown
@@ -30,7 +34,9 @@ class Arm:
     Attributes:
         tuner: Name of the tuner.
         init: "standard" is the tuner's own start, "tpp" starts from Target Parameter Pre-training, "longer" starts like
-            "standard" and fine-tunes for as long as "tpp" takes with its pretext stage; the others are LoRA's own.
+            "standard" and fine-tunes for as long as "tpp" takes with its pretext stage. Controls for "tpp" are
+            "tpp_labelled", TPP on the labelled training images alone, "tpp_foreign", TPP on images of another source,
+            and "random_direction", as far from the tuner's own start as TPP ends. The others are LoRA's own.
     """
 
     tuner: str
@@ -53,6 +59,50 @@ class Arm:
 
 
 @dataclass(frozen=True)
+class Start:
+    """An adapter that cells start from, made once: by a pretext stage, or from what another start became.
+
+    Attributes:
+        arm: Of the cells.
+        labels: Of the cells, where it sees their labelled images alone; None where it serves all label counts.
+        seed: Of the cells.
+    """
+
+    arm: Arm
+    labels: Labels | None
+    seed: int
+
+    @property
+    def title(self) -> str:
+        """In a reader's words, without labels and seed."""
+        if self.arm.init == "random_direction":
+            return f"random direction of {self.arm.tuner}"
+        images = {"tpp_labelled": ", labelled images", "tpp_foreign": ", foreign images"}
+        return f"TPP of {self.arm.tuner}{images.get(self.arm.init, '')}"
+
+    @property
+    def name(self) -> str:
+        """In a reader's words."""
+        labels = "" if self.labels is None else f", {_in_words(self.labels)}"
+        return f"{self.title}{labels}, seed {self.seed}"
+
+    @property
+    def origin(self) -> Start | None:
+        """The start that it is made from; None of a pretext stage, which is made from images."""
+        return replace(self, arm=Arm(self.arm.tuner, "tpp")) if self.arm.init == "random_direction" else None
+
+    @property
+    def cell(self) -> Cell:
+        """A cell that starts from it."""
+        return Cell(self.arm, self.labels or "all", self.seed)
+
+    def folder(self, out: Path) -> Path:
+        """Where its files lie."""
+        above = out / "tpp" / (self.arm.tuner if self.arm.init == "tpp" else self.arm.folder)
+        return (above if self.labels is None else above / str(self.labels)) / f"seed{self.seed}"
+
+
+@dataclass(frozen=True)
 class Cell:
     """One training and its test: an arm, a label count, a seed."""
 
@@ -63,8 +113,15 @@ class Cell:
     @property
     def name(self) -> str:
         """In a reader's words."""
-        labels = "all labels" if self.labels == "all" else f"{self.labels} labels"
-        return f"{self.arm.name}, {labels}, seed {self.seed}"
+        return f"{self.arm.name}, {_in_words(self.labels)}, seed {self.seed}"
+
+    @property
+    def starts(self) -> tuple[Start, ...]:
+        """What has to be made before it, in this order: it starts from the last. () for the tuner's own start."""
+        if self.arm.init not in PRIMED:
+            return ()
+        start = Start(self.arm, self.labels if self.arm.init == "tpp_labelled" else None, self.seed)
+        return (start,) if start.origin is None else (start.origin, start)
 
     def folder(self, out: Path) -> Path:
         """Where its files lie."""
@@ -77,13 +134,15 @@ class Axes:
 
     Attributes:
         tuners: Names of tuners; () for the experiment's own.
-        inits: Of "standard", "tpp" and LoRA's other starts "pissa", "olora", "eva" and "lora_ga".
+        inits: Of "standard", "tpp", its controls "tpp_labelled", "tpp_foreign" and "random_direction", and LoRA's other
+            starts "pissa", "olora", "eva" and "lora_ga".
         extras: Further arms: "longer" for each tuner, "linear" and "full" once.
         labels: How many labelled cases in all, validation included; () for what the experiment says.
         seeds: How many seeds, from the experiment's on.
         metric: On the test cases; "auto" is "dice" for segmentation and "auc" for classification.
         margin: Differences of the metric below this do not matter, in its own unit; set before looking. None is half a
             point, for Dice and NSD one point, for HD95 0.5 mm.
+        foreign: Folders of the images of "tpp_foreign".
 
     Raises:
         ConfigError: The values make no comparison; all reasons are listed.
@@ -96,13 +155,14 @@ class Axes:
     seeds: int = 10
     metric: str = AUTO
     margin: float | None = None
+    foreign: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         problems = [
             f"there is no {what} {name!r}; there are {', '.join(known)}"
             for what, names, known in (
                 ("tuner", self.tuners, tuple(name for name, _ in TUNERS.items())),
-                ("init", self.inits, ("standard", "tpp", *STARTS)),
+                ("init", self.inits, ("standard", *PRIMED, *STARTS)),
                 ("arm", self.extras, get_args(Extra)),
                 ("metric", (self.metric,), (AUTO, *OVERALL, *OF_MASKS)),
             )
@@ -124,6 +184,16 @@ class Axes:
             problems.append(f"the margin is {self.margin}; it is 0 or more")
         if "longer" in self.extras and "tpp" not in self.inits:
             problems.append("the arm longer takes as long as TPP, so the init tpp has to be there")
+        if "tpp" not in self.inits:
+            problems += [
+                f"{init} is a control for TPP, so the init tpp has to be there"
+                for init in self.inits
+                if init in CONTROLS
+            ]
+        if "tpp_foreign" in self.inits and not self.foreign:
+            problems.append("the init tpp_foreign needs other images: name their folder with --foreign")
+        if self.foreign and "tpp_foreign" not in self.inits:
+            problems.append("--foreign is for the init tpp_foreign, which is not there")
         if problems:
             raise ConfigError("This is no comparison:", problems)
 
@@ -134,9 +204,10 @@ class Axes:
         return cls(**fields)
 
     def resolved(self, experiment: Experiment) -> Axes:
-        """The same with the experiment's own tuner and label count where none is named."""
+        """The same with the experiment's own tuner and label count where none is named, and whole paths."""
         tuners, labels = self.tuners or (experiment.tuner.name,), self.labels or (experiment.data.labels,)
-        return replace(self, tuners=tuners, labels=labels)
+        foreign = tuple(str(Path(path).expanduser().absolute()) for path in self.foreign)
+        return replace(self, tuners=tuners, labels=labels, foreign=foreign)
 
     def measured(self, *, masks: bool) -> Axes:
         """The same with metric and margin chosen.
@@ -171,7 +242,8 @@ class Axes:
             name: tuple(dict.fromkeys([*getattr(before, name), *getattr(self, name)]))
             for name in ("tuners", "inits", "extras", "labels")
         }
-        return replace(self, **both, seeds=max(self.seeds, before.seeds), metric=metric, margin=margin)
+        seeds, foreign = max(self.seeds, before.seeds), self.foreign or before.foreign
+        return replace(self, **both, seeds=seeds, metric=metric, margin=margin, foreign=foreign)
 
     def arms(self, experiment: Experiment) -> tuple[Arm, ...]:
         """All arms, tuner by tuner, then the references."""
@@ -185,6 +257,10 @@ class Axes:
         seeds = range(experiment.seed, experiment.seed + self.seeds)
         for seed, labels, arm in itertools.product(seeds, self.resolved(experiment).labels, self.arms(experiment)):
             yield Cell(arm, labels, seed)
+
+
+def _in_words(labels: Labels) -> str:
+    return "all labels" if labels == "all" else f"{labels} labels"
 
 
 def base_experiment(experiment: Experiment, axes: Axes) -> Experiment:
@@ -204,7 +280,7 @@ def base_experiment(experiment: Experiment, axes: Axes) -> Experiment:
             "once (--jobs). Use --set hardware.devices=1."
         )
     for arm in axes.arms(experiment):
-        if arm.init == "tpp" and not TUNERS.get(arm.tuner).has_targets:
+        if arm.init in PRIMED and not TUNERS.get(arm.tuner).has_targets:
             raise ConfigError(
                 f"The tuner {arm.tuner} has no target parameters, so there is no TPP to compare. Name another one with "
                 f"--tuner, or leave TPP out with --init standard."
@@ -225,13 +301,17 @@ def base_experiment(experiment: Experiment, axes: Axes) -> Experiment:
 def settled(base: Experiment, prepared: Experiment) -> Experiment:
     """A base experiment with all that the data decide for every cell alike: the task, the backbone, how scans are made.
 
+    The budget of TPP is among it: on fewer or other images, too, it has the same number of steps and images per step.
+
     Args:
         base: From `base_experiment`.
         prepared: The experiment that the data were prepared for.
     """
     found = {name: getattr(prepared.data, name) for name in ("volume", "structures")}
     data = base.data.model_copy(update=found)
-    return base.model_copy(update={"task": prepared.task, "backbone": prepared.backbone, "data": data})
+    budget = {name: getattr(prepared.tpp, name) for name in ("steps", "batch_size", "head_warmup")}
+    tpp = base.tpp.model_copy(update=budget)
+    return base.model_copy(update={"task": prepared.task, "backbone": prepared.backbone, "data": data, "tpp": tpp})
 
 
 def cell_experiment(
@@ -248,7 +328,7 @@ def cell_experiment(
         threads: CPU threads of the process.
         tpp: Whether there is a pretext stage; by default as the arm says.
     """
-    pretext = base.tpp.model_copy(update={"enabled": cell.arm.init == "tpp" if tpp is None else tpp})
+    pretext = base.tpp.model_copy(update={"enabled": cell.arm.init in PRIMED if tpp is None else tpp})
     finetune, tuner = base.finetune, base.tuner
     update: dict[str, object] = {"seed": cell.seed, "data": base.data.model_copy(update={"labels": cell.labels})}
     if threads is not None:

@@ -12,9 +12,9 @@ from tempfile import TemporaryDirectory
 import psutil
 
 from medtpp.files import read_json, write_json
-from medtpp.workflow.compare.comparison import Comparison, Machine, log_file, tpp_folder
-from medtpp.workflow.compare.plan import Arm, Cell, cell_experiment
-from medtpp.workflow.compare.work import Timing, do_cell, do_tpp, refuse, time_steps
+from medtpp.workflow.compare.comparison import Comparison, Machine, log_file
+from medtpp.workflow.compare.plan import Arm, Cell, Start, cell_experiment
+from medtpp.workflow.compare.work import Timing, do_cell, do_random_direction, do_tpp, refuse, time_steps
 from medtpp.workflow.pool import Job, Outcome, run_jobs
 
 _MEMORY_SHARE = 0.8  # of what is free, for all processes together
@@ -47,7 +47,7 @@ def measure(comparison: Comparison, out: Path | None, *, dry_run: bool = False) 
 
 
 def run_cells(comparison: Comparison, out: Path) -> Iterator[Outcome]:
-    """Do what is not done yet; gives each pretext stage and cell as it ends. A failure is kept beside the log."""
+    """Do what is not done yet; gives each start and cell as it ends. A failure is kept beside the log."""
     for outcome in _run(comparison.machine, list(_jobs(comparison, out))):
         failure = outcome.job.log.with_suffix(".json")
         if outcome.error is None:
@@ -80,22 +80,28 @@ def _timing_jobs(comparison: Comparison, machine: Machine, known: dict[str, Timi
 
 
 def _jobs(comparison: Comparison, out: Path) -> Iterator[Job]:
-    """The pretext stages, each just before the first cell that starts from it, and the cells."""
-    threads, missing = comparison.machine.threads, comparison.missing_tpp(out)
-    begun: set[tuple[str, int]] = set()
+    """The starts, each just before the first cell that needs it, and the cells."""
+    missing, begun = set(comparison.missing_starts(out)), set[Start]()
     for cell in comparison.missing_cells(out):
-        folder, start, after = cell.folder(out), None, None
-        if cell.arm.init == "tpp":
-            run = (cell.arm.tuner, cell.seed)
-            pretext, name = tpp_folder(out, *run), f"TPP of {cell.arm.tuner}, seed {cell.seed}"
-            start, after = pretext / "adapter", name if run in missing else None
-            if run in missing and run not in begun:
-                begun.add(run)
-                experiment = cell_experiment(comparison.base, replace(cell, labels="all"), threads=threads)
-                yield Job(
-                    name, functools.partial(do_tpp, comparison.prepared, experiment, pretext), log_file(out, pretext)
-                )
-        yield Job(cell.name, _work(comparison, cell, folder, start), log_file(out, folder), after)
+        after = None
+        for start in cell.starts:
+            if start in missing and start not in begun:
+                begun.add(start)
+                folder = start.folder(out)
+                yield Job(start.name, _work_of_start(comparison, start, out), log_file(out, folder), after)
+            after = start.name if start in missing else None
+        folder = cell.folder(out)
+        adapter = cell.starts[-1].folder(out) / "adapter" if cell.starts else None
+        yield Job(cell.name, _work(comparison, cell, folder, adapter), log_file(out, folder), after)
+
+
+def _work_of_start(comparison: Comparison, start: Start, out: Path) -> Callable[[], object]:
+    experiment = cell_experiment(comparison.base, start.cell, threads=comparison.machine.threads)
+    folder, init = start.folder(out), start.arm.init
+    if start.origin is not None:
+        return functools.partial(do_random_direction, experiment, start.origin.folder(out) / "adapter", folder)
+    data = comparison.foreign if init == "tpp_foreign" and comparison.foreign else comparison.prepared
+    return functools.partial(do_tpp, data, experiment, folder, labelled=init == "tpp_labelled")
 
 
 def _work(comparison: Comparison, cell: Cell, folder: Path, start: Path | None) -> Callable[[], object]:

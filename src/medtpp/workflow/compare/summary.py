@@ -27,15 +27,18 @@ from medtpp.evaluation.segmentation_table import read_segmentations
 from medtpp.files import MARKER, atomic, read_json, write_json
 from medtpp.report.schema import ArmFile, ComparedTPPFile, ComparisonFile, DifferenceFile, FailedFile, MeanFile
 from medtpp.seeds import Seeds
-from medtpp.workflow.compare.comparison import Comparison, log_file, tpp_folder
-from medtpp.workflow.compare.plan import REFERENCES, STARTS, Arm, Cell
-from medtpp.workflow.compare.words import Measure, sentence
+from medtpp.workflow.compare.comparison import Comparison, log_file
+from medtpp.workflow.compare.plan import CONTROLS, REFERENCES, STARTS, Arm, Cell
+from medtpp.workflow.compare.words import QUESTIONS, Measure, sentence
 
 RESAMPLES = 2000
 LEVEL = 0.95
 _DESCRIPTIONS = {
     "standard": "{} from its own start, then fine-tuning",
     "tpp": "{}, Target Parameter Pre-training, then the same fine-tuning",
+    "tpp_labelled": "{}, as many steps of TPP on the labelled training images alone, then the same fine-tuning",
+    "tpp_foreign": "{}, as many steps of TPP on foreign images, then the same fine-tuning",
+    "random_direction": "{} as far from its own start as TPP ends, in a random direction, then the same fine-tuning",
     "longer": "{} from its own start, fine-tuned for as long as TPP and fine-tuning take together",
     "pissa": "{} started from the main singular values of the weights (PiSSA), then fine-tuning",
     "olora": "{} started from a QR decomposition of the weights (OLoRA), then fine-tuning",
@@ -87,7 +90,10 @@ def summarise(comparison: Comparison, out: Path) -> ComparisonFile:
         labels=list(counts),
         label_counts=counts,
         arms=[_describe(arm, masks=bool(comparison.prepared.dataset.structures)) for arm in comparison.arms],
-        means=[_mean(arm, labels, scores.get((arm, labels)), rows) for labels in counts for arm in comparison.arms],
+        means=[
+            _mean(arm, str(labels), scores.get((arm, str(labels))), rows)
+            for arm, labels in dict.fromkeys((cell.arm, cell.labels) for cell in comparison.cells)
+        ],
         differences=_differences(comparison, scores, title, unit),
         tpp=_pretext(comparison, out),
         failed=_failed(comparison, out),
@@ -146,8 +152,8 @@ def _row(comparison: Comparison, cell: Cell, out: Path) -> dict[str, Any]:
     row |= done["metrics"]
     for name in ("steps", "batch_size", "seconds", "peak_memory_mib", "target_parameters", "head_parameters"):
         row[name] = stage[name]
-    if cell.arm.init == "tpp":
-        pretext = read_json(tpp_folder(out, cell.arm.tuner, cell.seed) / MARKER)
+    if cell.starts and cell.starts[-1].origin is None:
+        pretext = read_json(cell.starts[-1].folder(out) / MARKER)
         for name in ("steps", "seconds", "pretext_loss_on", "pretext_loss_off", "feature_drift"):
             row[f"tpp_{name}"] = pretext[name]
     return row
@@ -184,10 +190,10 @@ def _mean(arm: Arm, labels: str, scores: Scores | None, rows: list[dict[str, Any
 def _differences(
     comparison: Comparison, scores: dict[tuple[Arm, str], Scores], title: str, unit: str
 ) -> list[DifferenceFile]:
-    """TPP against the other starts of its tuner and against the references: for each kind a family of tests."""
+    """TPP against other starts of its tuner, its controls and the references: for each kind a family of tests."""
     axes, found = comparison.axes, []
     measure = Measure(axes.metric, title, unit, axes.margin or 0.0)
-    for kind in ("standard", "longer", *STARTS, *REFERENCES):
+    for kind in ("standard", "longer", *STARTS, *REFERENCES, *CONTROLS):
         pairs = [
             (arm, baseline, labels, difference(scores[arm, labels], scores[baseline, labels]))
             for arm in comparison.arms
@@ -212,6 +218,7 @@ def _differences(
                     verdict=verdict,
                     sentence=sentence(arm.tuner, baseline, labels, gap, verdict, measure),
                     by_seed={str(seed): value for seed, value in gap.by_seed.items()},
+                    question=QUESTIONS.get(kind, ""),
                 )
             )
     return found
@@ -229,19 +236,21 @@ def _share_seeds(first: Scores | None, second: Scores | None) -> bool:
 
 def _pretext(comparison: Comparison, out: Path) -> list[ComparedTPPFile]:
     found = []
-    for tuner, seed in comparison.tpp_runs:
-        folder = tpp_folder(out, tuner, seed)
-        if (folder / MARKER).is_file():
+    for start in comparison.starts:
+        folder = start.folder(out)
+        if start.origin is None and (folder / MARKER).is_file():
             files = {"log": folder / "log.csv", "preview": folder / "preview.png"}
             paths = {name: path.relative_to(out).as_posix() for name, path in files.items() if path.is_file()}
-            told = {**read_json(folder / MARKER), "tuner": tuner, "seed": seed, **paths}
+            what = {"tuner": start.arm.tuner, "init": start.arm.init, "seed": start.seed}
+            labels = None if start.labels is None else str(start.labels)
+            told = {**read_json(folder / MARKER), **what, "labels": labels, **paths}
             found.append(ComparedTPPFile.model_validate(told))
     return found
 
 
 def _failed(comparison: Comparison, out: Path) -> list[FailedFile]:
-    stages = [tpp_folder(out, tuner, seed) for tuner, seed in comparison.tpp_runs]
-    folders = [*stages, *(cell.folder(out) for cell in comparison.cells)]
+    starts, cells = comparison.starts, comparison.cells
+    folders = [*(start.folder(out) for start in starts), *(cell.folder(out) for cell in cells)]
     files = [log_file(out, folder).with_suffix(".json") for folder in folders if not (folder / MARKER).is_file()]
     found = [read_json(path) for path in files if path.is_file()]
     return [FailedFile(cell=failure["name"], reason=failure["reason"]) for failure in found]
@@ -255,6 +264,11 @@ def _notes(comparison: Comparison, scores: list[Scores]) -> list[str]:
         notes.append(
             f"In {undefined:.0%} of the resamples the metric does not exist, since no case of {kind} was drawn; these "
             "are left out of intervals and p-values."
+        )
+    if "tpp_labelled" in comparison.axes.inits and comparison.labels_of_tpp:
+        notes.append(
+            "At all labels, TPP on the labelled images alone would be TPP itself, since there are no unlabelled ones: "
+            "it is left out there."
         )
     if comparison.axes.seeds < 10:
         notes.append(f"{comparison.axes.seeds} seeds: with few labels at least 10 are advised.")

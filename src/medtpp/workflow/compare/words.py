@@ -16,6 +16,15 @@ _BASELINES = {
     "lora_ga": "a start by LoRA-GA",
     "linear": "frozen features",
     "full": "full fine-tuning",
+    "tpp_labelled": "TPP on the labelled images alone",
+    "tpp_foreign": "TPP on foreign images",
+    "random_direction": "a step as large in a random direction",
+}
+# What a control is there to answer.
+QUESTIONS = {
+    "tpp_labelled": "What do the labelled images alone give?",
+    "tpp_foreign": "Is it these images, or any images?",
+    "random_direction": "Is it the direction, or the size of the step?",
 }
 
 

@@ -12,8 +12,10 @@ from typing import Any
 from medtpp.config import Experiment
 from medtpp.errors import ConfigError
 from medtpp.files import MARKER, read_json, write_json
+from medtpp.training.random_direction import run_random_direction
 from medtpp.workflow.prepare import Prepared, PreparedData, arrange
-from medtpp.workflow.run import evaluate_stage, finetune_stage, tpp_stage
+from medtpp.workflow.run import evaluate_stage, finetune_stage, tpp_stage, weights_digest
+from medtpp.workflow.steps import step
 
 MEASURED = 8  # steps; the first ones are slower
 RESAMPLES = 200  # of a cell's own intervals, which nobody compares
@@ -36,9 +38,22 @@ class Timing:
     memory_mib: float
 
 
-def do_tpp(data: PreparedData, experiment: Experiment, folder: Path) -> None:
-    """The pretext stage that all label counts of a tuner and seed share."""
-    tpp_stage(arrange(data, experiment), folder, _tell)
+def do_tpp(data: PreparedData, experiment: Experiment, folder: Path, *, labelled: bool) -> None:
+    """A pretext stage.
+
+    Args:
+        data: With the images that it may see.
+        experiment: Of the cells that start from it.
+        folder: Its own.
+        labelled: It sees the cells' own training cases alone.
+    """
+    prepared = arrange(data, experiment)
+    tpp_stage(replace(prepared, tpp=prepared.cases("train")) if labelled else prepared, folder, _tell)
+
+
+def do_random_direction(experiment: Experiment, pretrained: Path, folder: Path) -> None:
+    """A start as far from the tuner's own as TPP's adapter in `pretrained` is, in a random direction."""
+    step(folder, {"TPP": weights_digest(pretrained)}, lambda: run_random_direction(experiment, pretrained, folder))
 
 
 def do_cell(data: PreparedData, experiment: Experiment, folder: Path, start: Path | None) -> dict[str, float | None]:
@@ -48,7 +63,7 @@ def do_cell(data: PreparedData, experiment: Experiment, folder: Path, start: Pat
         data: Prepared once for all cells.
         experiment: Of the cell.
         folder: Its own; the marker is written last.
-        start: The TPP stage's adapter, or None.
+        start: The adapter that it starts from, or None.
     """
     prepared = arrange(data, experiment)
     adapter = finetune_stage(prepared, folder / "finetune", _tell, start=start)
