@@ -277,9 +277,7 @@ def test_find_takes_networks_of_any_image_size(kind):
         backbones.find(network, (60, 32))
 
 
-def test_find_tells_what_it_looked_for():
-    with pytest.raises(ConfigError, match=r"No backbone that medtpp knows is in this Linear\..*vision transformers"):
-        backbones.find(nn.Linear(2, 2), (48, 48))
+def test_find_refuses_to_choose():
     with pytest.raises(ConfigError, match="holds 2 backbones"):
         backbones.find(Classifier(make("vit"), make("eva")), (48, 48))
 
