@@ -139,7 +139,10 @@ def exceptions() -> str:
         if without:
             words = backbones.describe_lacking(method.needs, every)
             lacking.setdefault((words, ", ".join(without)), []).append(f"`{name}`")
-    lines += [f"- {', '.join(names)}: need {words}; not with {kinds}" for (words, kinds), names in lacking.items()]
+    lines += [
+        f"- {', '.join(names)} need{'s' if len(names) == 1 else ''} {words}: not with {kinds}"
+        for (words, kinds), names in lacking.items()
+    ]
     return "\n".join(textwrap.fill(line, 118, subsequent_indent="  ", break_on_hyphens=False) for line in lines) + "\n"
 
 

@@ -139,6 +139,21 @@ def test_a_file_of_weights_loads_by_name(tmp_path):
     assert "missing: layer3.0.bn1.bias" in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "larger"),
+    [("resnet18", "resnet34"), ("convnext_tiny", "convnext_small"), ("densenet121", "densenet169"),
+     ("swin_tiny_patch4_window7_224", "swin_small_patch4_window7_224")],
+)  # fmt: skip
+def test_a_larger_network_is_not_cut_to_size(name, larger, tmp_path):
+    """All the weights that are wanted are there, and more: the file is of another network."""
+    path = tmp_path / "larger.pth"
+    with torch.device("meta"):
+        network = timm.create_model(larger)
+    torch.save({key: torch.zeros(value.shape, dtype=value.dtype) for key, value in network.state_dict().items()}, path)
+    with pytest.raises(WeightsError, match="do not fit this architecture"):
+        backbones.load(name, weights=str(path), image_size=64)
+
+
 def test_sizes_and_volumes_that_do_not_fit():
     with pytest.raises(ConfigError, match=r"80.*32"):
         backbones.load("resnet18", weights="random", image_size=80)

@@ -376,6 +376,19 @@ def match_channels(images: Tensor, channels: int) -> Tensor:
     raise DataError(f"Images have {given} channels; the backbone takes {channels} (or 1, or 3 for grey).")
 
 
+def mask_tokens(x: Tensor, mask: Tensor | None, token: Tensor | None) -> Tensor:
+    """Embeddings (B, N, D), or (B, *grid, D), with a token (D,), zeros by default, where the mask (B, N) is true."""
+    if mask is None:
+        return x
+    filled = x.new_zeros(x.shape[-1]) if token is None else token.to(x.dtype)
+    return torch.where(mask.reshape(*x.shape[:-1], 1), filled, x)
+
+
+def patch_map(x: Tensor, prefix: int, grid: tuple[int, ...]) -> Tensor:
+    """(B, P + N, D) to the patches' map (B, D, *grid); tokens that a tuner put after them are left out."""
+    return x[:, prefix : prefix + math.prod(grid)].transpose(1, 2).reshape(len(x), -1, *grid)
+
+
 def gather_tokens(tokens: Tensor, keep: Tensor) -> Tensor:
     """(B, N, D) and (B, K) indices to (B, K, D)."""
     return tokens.gather(1, keep[..., None].expand(-1, -1, tokens.shape[-1]))

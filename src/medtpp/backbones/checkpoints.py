@@ -23,8 +23,9 @@ _WRAPPERS = ("teacher", "model_ema", "state_dict_ema", "ema", "target_encoder", 
              "model_state_dict", "network", "net", "student", "module", "backbone", "encoder")  # fmt: skip
 _ANCHOR = "patch_embed.proj.weight"
 # Parts that change what an encoder computes: a file that has one of these more than the network is of another network.
+# So is one that has more of any part that the network has.
 _ENCODER = re.compile(
-    r"(blocks|patch_embed|norm_pre|norm|norm_embed|layers[1-4]c?|convInit|down_layers)\.|(cls|reg|register|storage|dist)_tokens?$|pos_embed$"
+    r"(blocks|patch_embed|norm_pre|norm|norm_embed)\.|(cls|reg|register|storage|dist)_tokens?$|pos_embed$"
 )
 _SIZES = {(192, 12): "tiny", (384, 12): "small", (768, 12): "base", (1024, 24): "large", (1280, 32): "huge"}
 
@@ -148,7 +149,9 @@ def load_strict(network: nn.Module, state: Mapping[str, Tensor], path: Path | st
         if own[key].shape != state[key].shape
     }
     problems = [f"missing: {line}" for line in fold(own.keys() - state.keys())]
-    problems += [f"unexpected: {line}" for line in fold(filter(_ENCODER.match, unused))]
+    parts = {key.split(".")[0] for key in own}
+    more = [key for key in unused if _ENCODER.match(key) or key.split(".")[0] in parts]
+    problems += [f"unexpected: {line}" for line in fold(more)]
     problems += fold(shapes)
     if problems:
         raise WeightsError(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from medtpp.backbones.base import Stage
-from medtpp.backbones.pyramid import Anatomy, bare
+from medtpp.backbones.pyramid import Anatomy, bare, inside
 
 # The neighbours (depth, row, column) that SwinUNETR merges to one. Before version 1.5, MONAI took two of them twice and
 # two not at all, and published weights were trained so.
@@ -83,10 +83,6 @@ class Kind:
     blocks: Callable[[Any], tuple[str, ...]]
     roles: Callable[[Any, tuple[str, ...]], dict[str, tuple[str, ...]]]
     stages: Callable[[Any], tuple[tuple[Stage, ...], tuple[int, ...]]]
-
-
-def _inside(blocks: tuple[str, ...], *parts: str) -> tuple[str, ...]:
-    return tuple(f"{block}.{part}" for block in blocks for part in parts)
 
 
 # SwinUNETR: patches of two voxels, then four stages, each of which ends by merging neighbours.
@@ -158,14 +154,14 @@ def _swin_roles(encoder: Any, blocks: tuple[str, ...]) -> dict[str, tuple[str, .
     return {
         "embed.patch": ("patch_embed.proj",),
         "norm.embed": ("patch_embed.norm",),
-        "attention.qkv": _inside(blocks, "attn.qkv"),
-        "attention.projection": _inside(blocks, "attn.proj"),
-        "mlp.in": _inside(blocks, "mlp.linear1"),
-        "mlp.out": _inside(blocks, "mlp.linear2"),
-        "norm.attention": _inside(blocks, "norm1"),
-        "norm.mlp": _inside(blocks, "norm2"),
-        "downsample": _inside(between, "reduction"),
-        "norm.downsample": _inside(between, "norm"),
+        "attention.qkv": inside(blocks, "attn.qkv"),
+        "attention.projection": inside(blocks, "attn.proj"),
+        "mlp.in": inside(blocks, "mlp.linear1"),
+        "mlp.out": inside(blocks, "mlp.linear2"),
+        "norm.attention": inside(blocks, "norm1"),
+        "norm.mlp": inside(blocks, "norm2"),
+        "downsample": inside(between, "reduction"),
+        "norm.downsample": inside(between, "norm"),
     }
 
 
@@ -216,10 +212,10 @@ def _segresnet_blocks(encoder: Any) -> tuple[str, ...]:
 
 
 def _segresnet_roles(encoder: Any, blocks: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
-    norms = _inside(blocks, "norm1", "norm2")
+    norms = inside(blocks, "norm1", "norm2")
     return {
         "embed.patch": ("convInit.conv",),
-        "conv": _inside(blocks, "conv1.conv", "conv2.conv"),
+        "conv": inside(blocks, "conv1.conv", "conv2.conv"),
         "norm.conv": tuple(path for path in norms if bare(encoder, path).weight is not None),
         "downsample": tuple(f"down_layers.{i}.0.conv" for i in range(1, len(encoder["down_layers"]))),
     }

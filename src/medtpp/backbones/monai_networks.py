@@ -19,12 +19,12 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from medtpp.backbones.base import Backbone, Inflation, Layout, Spec, Stage, hash_state
+from medtpp.backbones.base import Backbone, Inflation, Layout, Stage, hash_state
 from medtpp.backbones.checkpoints import load_strict, read_checkpoint, strip_prefix
-from medtpp.backbones.inflate import require_whole, sides, take_channels
+from medtpp.backbones.inflate import sides, take_channels
 from medtpp.backbones.monai_kinds import KINDS, Kind
 from medtpp.backbones.monai_vit import build_vit, share_vit
-from medtpp.backbones.pyramid import Pyramid, bare, capabilities_of, existing
+from medtpp.backbones.pyramid import Pyramid, existing, pyramid_spec
 from medtpp.config import BACKBONES, BackboneOptions
 from medtpp.errors import ConfigError, WeightsError
 from medtpp.seeds import Seeds
@@ -192,29 +192,20 @@ def wrap_monai(
     if reversed_axes:
         stages = tuple(Stage(stage.width, stage.stride[::-1]) for stage in stages)
     roles = {role: existing(encoder, paths) for role, paths in kind.roles(encoder, blocks).items()}
-    layout, patch = Layout(blocks, roles, widths), stages[-1].stride
-    sides(image_size, len(patch))
-    require_whole(image_size, patch)
-    first = bare(encoder, layout.paths("embed.patch")[0])
-    spec = Spec(
+    layout = Layout(blocks, roles, widths)
+    spec = pyramid_spec(
+        encoder,
+        layout,
+        anatomy,
+        stages,
         name=name,
         family="monai",
         architecture=architecture,
-        dims=len(patch),
-        channels=first.in_channels,
-        mean=(0.0,) * first.in_channels,
-        std=(1.0,) * first.in_channels,
         image_size=image_size,
-        patch=patch,
-        width=stages[-1].width,
-        depth=len(stages),
-        prefix=0,
-        pooling="mean",
+        mean=(0.0,),
+        std=(1.0,),
         objective="unknown",
-        capabilities=capabilities_of(encoder, layout),
         source=source,
         sha256=sha256,
-        pyramid=stages,
-        mask_width=first.out_channels if anatomy.cuts_patches else first.in_channels,
     )
     return Pyramid(encoder, spec, layout, anatomy, inflation)

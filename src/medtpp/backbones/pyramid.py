@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from medtpp.backbones.base import Backbone, Features, Inflation, Layout, Spec
+from medtpp.backbones.base import Backbone, Features, Inflation, Layout, Spec, Stage, per_channel
+from medtpp.backbones.inflate import require_whole, sides
 from medtpp.errors import ConfigError
 
 
@@ -119,6 +120,11 @@ class Pyramid(Backbone):
         return torch.where(hidden, filled.view(-1, *[1] * self.spec.dims), x)
 
 
+def inside(blocks: Sequence[str], *parts: str) -> tuple[str, ...]:
+    """Paths of parts in each of some blocks."""
+    return tuple(f"{block}.{part}" for block in blocks for part in parts)
+
+
 def existing(encoder: nn.Module, paths: Sequence[str]) -> tuple[str, ...]:
     """The paths under which the encoder has a module that does something."""
     modules: dict[str, Any] = dict(encoder.named_modules())
@@ -144,3 +150,51 @@ def capabilities_of(encoder: nn.Module, layout: Layout) -> frozenset[str]:
     if not any(isinstance(bare(encoder, path), nn.Conv3d) for path in layout.paths("conv")):
         found.add("flat_layers")
     return frozenset(found)
+
+
+def pyramid_spec(
+    encoder: nn.Module,
+    layout: Layout,
+    anatomy: Anatomy,
+    stages: tuple[Stage, ...],
+    *,
+    name: str,
+    family: str,
+    architecture: str,
+    image_size: tuple[int, ...],
+    mean: Sequence[float],
+    std: Sequence[float],
+    objective: str,
+    source: str,
+    sha256: str,
+) -> Spec:
+    """The specification of a pyramid: what `Spec` says, read off the network as far as it tells.
+
+    Raises:
+        ConfigError: The images have other dimensions, or are not made of whole patches.
+    """
+    patch = stages[-1].stride
+    sides(image_size, len(patch))
+    require_whole(image_size, patch)
+    first = bare(encoder, layout.paths("embed.patch")[0])
+    return Spec(
+        name=name,
+        family=family,
+        architecture=architecture,
+        dims=len(patch),
+        channels=first.in_channels,
+        mean=per_channel(mean, first.in_channels),
+        std=per_channel(std, first.in_channels),
+        image_size=image_size,
+        patch=patch,
+        width=stages[-1].width,
+        depth=len(stages),
+        prefix=0,
+        pooling="mean",
+        objective=objective,
+        capabilities=capabilities_of(encoder, layout),
+        source=source,
+        sha256=sha256,
+        pyramid=stages,
+        mask_width=first.out_channels if anatomy.cuts_patches else first.in_channels,
+    )

@@ -16,7 +16,7 @@ from timm.models.swin_transformer_v2 import SwinTransformerV2
 from timm.models.swin_transformer_v2 import checkpoint_filter_fn as convert_swin_v2
 from torch import nn
 
-from medtpp.backbones.pyramid import Anatomy
+from medtpp.backbones.pyramid import Anatomy, inside
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,6 @@ class Kind:
     head: tuple[str, ...]
 
 
-def _inside(blocks: tuple[str, ...], *parts: str) -> tuple[str, ...]:
-    return tuple(f"{block}.{part}" for block in blocks for part in parts)
-
-
 def _stage_blocks(stages: str) -> Callable[[Any], tuple[str, ...]]:
     """Blocks under `stages`.i.blocks."""
 
@@ -69,14 +65,14 @@ def _swin_roles(network: Any, blocks: tuple[str, ...]) -> dict[str, tuple[str, .
     return {
         "embed.patch": ("patch_embed.proj",),
         "norm.embed": ("patch_embed.norm",),
-        "attention.qkv": _inside(blocks, "attn.qkv"),
-        "attention.projection": _inside(blocks, "attn.proj"),
-        "mlp.in": _inside(blocks, "mlp.fc1"),
-        "mlp.out": _inside(blocks, "mlp.fc2"),
-        "norm.attention": _inside(blocks, "norm1"),
-        "norm.mlp": _inside(blocks, "norm2"),
-        "downsample": _inside(between, "reduction"),
-        "norm.downsample": _inside(between, "norm"),
+        "attention.qkv": inside(blocks, "attn.qkv"),
+        "attention.projection": inside(blocks, "attn.proj"),
+        "mlp.in": inside(blocks, "mlp.fc1"),
+        "mlp.out": inside(blocks, "mlp.fc2"),
+        "norm.attention": inside(blocks, "norm1"),
+        "norm.mlp": inside(blocks, "norm2"),
+        "downsample": inside(between, "reduction"),
+        "norm.downsample": inside(between, "norm"),
         "norm.final": ("norm",),
     }
 
@@ -92,12 +88,12 @@ def _convnext_roles(network: Any, blocks: tuple[str, ...]) -> dict[str, tuple[st
     return {
         "embed.patch": ("stem.0",),
         "norm.embed": ("stem.1",),
-        "conv.depthwise": _inside(blocks, "conv_dw"),
-        "norm.mlp": _inside(blocks, "norm"),
-        "mlp.in": _inside(blocks, "mlp.fc1"),
-        "mlp.out": _inside(blocks, "mlp.fc2"),
-        "downsample": _inside(between, "1"),
-        "norm.downsample": _inside(between, "0"),
+        "conv.depthwise": inside(blocks, "conv_dw"),
+        "norm.mlp": inside(blocks, "norm"),
+        "mlp.in": inside(blocks, "mlp.fc1"),
+        "mlp.out": inside(blocks, "mlp.fc2"),
+        "downsample": inside(between, "1"),
+        "norm.downsample": inside(between, "0"),
         "norm.final": ("norm_pre",),
     }
 
@@ -112,13 +108,13 @@ def _resnet_blocks(network: Any) -> tuple[str, ...]:
 
 def _resnet_roles(network: Any, blocks: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
     # The shortcut of a stage's first block: a convolution and a norm, in some variants after a pooling.
-    shortcuts = _inside(blocks, "downsample.0", "downsample.1", "downsample.2")
+    shortcuts = inside(blocks, "downsample.0", "downsample.1", "downsample.2")
     modules = dict(network.named_modules())
     return {
         "embed.patch": ("conv1",) if isinstance(network.conv1, nn.Conv2d) else ("conv1.0", "conv1.3", "conv1.6"),
         "norm.embed": ("conv1.1", "conv1.4", "bn1"),
-        "conv": _inside(blocks, "conv1", "conv2", "conv3"),
-        "norm.conv": _inside(blocks, "bn1", "bn2", "bn3"),
+        "conv": inside(blocks, "conv1", "conv2", "conv3"),
+        "norm.conv": inside(blocks, "bn1", "bn2", "bn3"),
         "downsample": tuple(path for path in shortcuts if isinstance(modules.get(path), nn.Conv2d)),
         "norm.downsample": tuple(path for path in shortcuts if isinstance(modules.get(path), nn.BatchNorm2d)),
     }
@@ -150,7 +146,7 @@ def _densenet_blocks(network: Any) -> tuple[str, ...]:
 def _densenet_roles(network: Any, blocks: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
     return {
         "embed.patch": ("features.conv0",),
-        "conv": _inside(blocks, "conv1", "conv2"),
+        "conv": inside(blocks, "conv1", "conv2"),
         "downsample": tuple(f"features.transition{i}.conv" for i in range(1, _densenet_count(network))),
     }
 

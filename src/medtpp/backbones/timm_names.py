@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +13,8 @@ from torch import nn
 from medtpp.backbones.checkpoints import hub_errors
 from medtpp.errors import ConfigError
 from medtpp.seeds import Seeds
+
+log = logging.getLogger(__name__)
 
 
 def create_network(name: str, arguments: dict[str, Any]) -> nn.Module:
@@ -49,12 +52,29 @@ def check_weights(name: str) -> None:
         raise ConfigError(f"timm has no weights {name}. It has: {', '.join(known)}.") from error
 
 
-def repository(name: str, revision: str) -> str:
-    """The hub repository of a timm name at a revision."""
+def pretrained(name: str, revision: str | None) -> tuple[dict[str, Any], str]:
+    """Timm's arguments for a name's own weights, of the hub's main branch or of a revision, and where they come from.
+
+    Raises:
+        ConfigError: The weights are not on the hub, so that there is no revision of them.
+    """
+    if not revision:
+        return {"pretrained": True}, f"timm:{name}"
     cfg = timm.models.get_pretrained_cfg(name)
     if cfg is None or not cfg.hf_hub_id:
         raise ConfigError(f"The weights of {name} are not on the hub, so there is no revision of them.")
-    return f"{cfg.hf_hub_id}@{revision}"
+    overlay = {"hf_hub_id": f"{cfg.hf_hub_id}@{revision}"}
+    return {"pretrained": True, "pretrained_cfg_overlay": overlay}, f"timm:{name}@{revision}"
+
+
+def warn_without_tag(name: str, cfg: Any) -> None:
+    """Say how images are normalised where a file brings the weights, and the name has no tag that would tell."""
+    if "." not in name:
+        log.warning(
+            "%s has no tag, so images are normalised as by timm's default for it, mean %s and std %s. Name a tag "
+            "whose normalisation the file shares, such as vit_large_patch16_224.mae.",
+            *(name, cfg.get("mean"), cfg.get("std")),
+        )
 
 
 def objective_of(tag: str) -> str:

@@ -8,22 +8,23 @@ from typing import Any, ClassVar
 
 import torch
 from timm.layers import BatchNormAct2d
-from torch import nn
+from torch import Tensor, nn
 
-from medtpp.backbones.base import Backbone, Layout, Spec, Stage, hash_state, per_channel
+from medtpp.backbones.base import Backbone, Layout, Stage, hash_state, other_dims
 from medtpp.backbones.checkpoints import load_strict, read_checkpoint, strip_prefix
 from medtpp.backbones.inflate import require_whole, sides
-from medtpp.backbones.pyramid import Anatomy, Pyramid, bare, capabilities_of, existing
+from medtpp.backbones.pyramid import Anatomy, Pyramid, bare, existing, pyramid_spec
 from medtpp.backbones.timm_kinds import KINDS, Kind, kind_of
 from medtpp.backbones.timm_names import (
     check_weights,
     create_network,
     model_module,
     objective_of,
-    repository,
+    pretrained,
+    warn_without_tag,
 )
 from medtpp.config import BACKBONES, BackboneOptions
-from medtpp.errors import ConfigError
+from medtpp.errors import ConfigError, WeightsError
 
 log = logging.getLogger(__name__)
 
@@ -61,148 +62,128 @@ class TimmPyramidFamily:
             ConfigError: The architecture is none of these, or cannot take this size.
             WeightsError: Weights cannot be downloaded, read or matched.
         """
-        refuse_volumes(options)
+        if options.dims == 3:
+            raise other_dims(options.name, 2, 3)
+        if options.patch_size is not None or options.channels is not None:
+            raise ConfigError(
+                f"backbone.patch_size and backbone.channels are for vision transformers; {options.name} keeps its own."
+            )
         name = options.name.removeprefix("timm/")
         check_weights(name)
-        arguments: dict[str, Any] = {"num_classes": 0}
-        source, objective = f"timm:{name}", objective_of(name)
+        arguments: dict[str, Any] = {}
+        source, objective, state = options.weights, objective_of(name), None
         if options.weights == "random":
-            source, objective = "random", "unknown"
-        elif options.weights != "pretrained":
-            source = options.weights
+            objective = "unknown"
+        elif options.weights == "pretrained":
+            arguments, source = pretrained(name, options.revision)
         else:
-            arguments["pretrained"] = True
-            if options.revision:
-                source = f"{source}@{options.revision}"
-                arguments["pretrained_cfg_overlay"] = {"hf_hub_id": repository(name, options.revision)}
-        encoder = create_network(name, arguments)
-        kind = strip_head(encoder, name)
-        if source == options.weights and source != "random":
-            state = strip_prefix(read_checkpoint(Path(source).expanduser()), anchor=kind.anchor)
-            log.info("%s: %s", source, load_strict(encoder, kind.convert(state, encoder), source))
+            state = read_checkpoint(Path(source).expanduser())
+        encoder: Any = create_network(name, {"num_classes": 0, **arguments})
+        kind = kind_of(encoder)
+        if kind is None:
+            raise ConfigError(f"{name} is a {type(encoder).__name__}, which medtpp does not know.")
+        for part in kind.head:  # `encode` does not call it, so that `full` could not train it
+            setattr(encoder, part, nn.Identity())
+        if state is not None:
+            _fill(kind, encoder, state, source)
+            warn_without_tag(name, encoder.pretrained_cfg)
+        elif options.weights == "pretrained":
+            objective = objective_of(f"{name}.{encoder.pretrained_cfg.get('tag')}")
         sha256 = hash_state(encoder.state_dict())
-        size = fit_pyramid(encoder, image_size)
-        return wrap_pyramid(encoder, options.name, name, source, sha256, objective=objective, image_size=size)
+        size = _fit(encoder, image_size)
+        return wrap_pyramid(kind, encoder, options.name, name, source, sha256, objective=objective, image_size=size)
 
     @staticmethod
     def around(network: nn.Module, image_size: tuple[int, ...]) -> Backbone | None:
         """A backbone around an existing network that takes normalised images; None for another one."""
-        if kind_of(network) is None:
+        kind = kind_of(network)
+        if kind is None:
             return None
         name = type(network).__name__
-        backbone = wrap_pyramid(network, name, name, "in memory", "", image_size=image_size)
+        backbone = wrap_pyramid(kind, network, name, name, "in memory", "", image_size=image_size)
         backbone.take_normalised()
         return backbone
 
 
-def refuse_volumes(options: BackboneOptions) -> None:
-    """Raise ConfigError where a network of images is asked to encode volumes, or to take other patches."""
-    if options.dims == 3:
-        raise ConfigError(
-            f"{options.name} encodes 2D images alone, and backbone.dims is 3. medtpp_vit_tiny, folders of "
-            "`medtpp pretrain`, timm's vision transformers and MONAI's networks encode volumes."
-        )
-    if options.patch_size is not None or options.channels is not None:
-        raise ConfigError(
-            f"backbone.patch_size and backbone.channels are for vision transformers; {options.name} keeps its own."
-        )
+def _fill(kind: Kind, encoder: Any, state: dict[str, Tensor], source: str) -> None:
+    """Put a state, of timm or of a code that timm can convert, into a network; each weight must find its place."""
+    try:
+        converted = kind.convert(strip_prefix(state, anchor=kind.anchor), encoder)
+    except (AttributeError, KeyError) as error:  # it looks for the parts of the file in the network
+        raise WeightsError(
+            f"The weights in {source} do not fit this architecture: {error}. Name the one they were trained with."
+        ) from error
+    log.info("%s: %s", source, load_strict(encoder, converted, source))
 
 
-def strip_head(encoder: Any, name: str) -> Kind:
-    """Take away what pools and classifies, in place: `encode` does not call it, so that `full` could not train it.
-
-    Raises:
-        ConfigError: The network is of none of these kinds.
-    """
-    kind = kind_of(encoder)
-    if kind is None:
-        raise ConfigError(
-            f"{name} is a {type(encoder).__name__}, which medtpp does not know. See `medtpp list backbones`."
-        )
-    for part in kind.head:
-        setattr(encoder, part, nn.Identity())
-    return kind
-
-
-def fit_pyramid(encoder: Any, image_size: int | tuple[int, ...] | None) -> tuple[int, ...]:
+def _fit(encoder: Any, image_size: int | tuple[int, ...] | None) -> tuple[int, ...]:
     """Fit a network to the size of its images, in place; gives that size."""
     cfg: dict[str, Any] = getattr(encoder, "pretrained_cfg", None) or {}
     embed = getattr(encoder, "patch_embed", None)
     own = tuple(embed.img_size) if embed is not None else tuple(cfg.get("input_size", (3, 224, 224))[1:])
     size = sides(image_size, 2) or own
     if embed is not None and size != own:
-        require_whole(size, (stride_of(encoder),) * 2)
+        require_whole(size, (_stride(encoder),) * 2)
         encoder.set_input_size(img_size=size)
     return size
 
 
-def stride_of(encoder: Any) -> int:
+def _stride(encoder: Any) -> int:
     """Pixels per step of the last map."""
     return int(encoder.feature_info[-1]["reduction"])
 
 
 def wrap_pyramid(
+    kind: Kind,
     encoder: Any,
     name: str,
     architecture: str,
     source: str,
     sha256: str,
     *,
-    family: str = "timm_pyramid",
     objective: str = "unknown",
     image_size: tuple[int, ...],
 ) -> Pyramid:
     """A timm network as a backbone, with its specification read off it.
 
     Args:
+        kind: What it is.
         encoder: The network.
         name: It was asked for by.
         architecture: timm's name of it.
         source: Of its weights.
         sha256: Of its weights.
-        family: The registered family.
         objective: What it was pre-trained for.
         image_size: Of the images it will see.
 
     Raises:
-        ConfigError: The network is of none of these kinds, or the images are not made of whole patches.
+        ConfigError: The images are not made of whole patches.
     """
-    kind = kind_of(encoder)
-    if kind is None:
-        raise ConfigError(f"{architecture} is a {type(encoder).__name__}, which medtpp does not know.")
     for module in encoder.modules():
         # Swin v2 adds the query and value biases inside F.linear on the bare weight, which would pass LoRA by.
         if getattr(module, "qkv_bias_separate", None) is False:
             module.qkv_bias_separate = True
     anatomy, blocks = kind.anatomy(encoder), kind.blocks(encoder)
     roles = {role: existing(encoder, paths) for role, paths in kind.roles(encoder, blocks).items()}
-    first = bare(encoder, roles["embed.patch"][0])
-    channels = first.in_channels
+    channels = bare(encoder, roles["embed.patch"][0]).in_channels
     cfg: dict[str, Any] = getattr(encoder, "pretrained_cfg", None) or {}
-    stride = stride_of(encoder)
-    require_whole(image_size, (stride, stride))
-    pyramid, widths = _measure(encoder, anatomy, blocks, (channels, *image_size))
+    require_whole(image_size, (_stride(encoder),) * 2)  # before an image is run through it
+    stages, widths = _measure(encoder, anatomy, blocks, (channels, *image_size))
     layout = Layout(blocks, _changeable(encoder, roles), widths)
-    spec = Spec(
+    spec = pyramid_spec(
+        encoder,
+        layout,
+        anatomy,
+        stages,
         name=name,
-        family=family,
+        family="timm_pyramid",
         architecture=architecture,
-        dims=2,
-        channels=channels,
-        mean=per_channel(cfg.get("mean", (0.5,)), channels),
-        std=per_channel(cfg.get("std", (0.5,)), channels),
         image_size=image_size,
-        patch=(stride, stride),
-        width=pyramid[-1].width,
-        depth=len(pyramid),
-        prefix=0,
-        pooling="mean",
+        mean=cfg.get("mean", (0.5,)),
+        std=cfg.get("std", (0.5,)),
         objective=objective,
-        capabilities=capabilities_of(encoder, layout),
         source=source,
         sha256=sha256,
-        pyramid=pyramid,
-        mask_width=first.out_channels if anatomy.cuts_patches else channels,
     )
     return Pyramid(encoder, spec, layout, anatomy)
 

@@ -27,6 +27,8 @@ from medtpp.backbones.base import (
     Spec,
     gather_tokens,
     hash_state,
+    mask_tokens,
+    patch_map,
     per_channel,
 )
 from medtpp.backbones.beit import arguments_of, convert_beit, run_block
@@ -38,8 +40,9 @@ from medtpp.backbones.timm_names import (
     create_network,
     model_module,
     objective_of,
+    pretrained,
     readable,
-    repository,
+    warn_without_tag,
 )
 from medtpp.config import BACKBONES, BackboneOptions
 from medtpp.errors import ConfigError
@@ -68,10 +71,7 @@ class TimmViT(Backbone):
         self.check_taps(keep, taps)
         prefix, grid = self.spec.prefix, self.spec.grid
         x: Any = self._embed(images, keep)  # (B, N, D), or (B, *grid, D) at dynamic image sizes
-        if mask is not None:
-            token = x.new_zeros(x.shape[-1]) if mask_token is None else mask_token.to(x.dtype)
-            x = torch.where(mask.reshape(*x.shape[:-1], 1), token, x)
-        x, rope = add_positions(self.encoder, x, prefix)  # (B, P + N, D)
+        x, rope = add_positions(self.encoder, mask_tokens(x, mask, mask_token), prefix)  # (B, P + N, D)
         if keep is not None:
             x = torch.cat([x[:, :prefix], gather_tokens(x[:, prefix:], keep)], dim=1)  # (B, P + K, D)
             if rope is not None:  # (N, R) to (B, 1, K, R), the head dimension being 1
@@ -86,8 +86,7 @@ class TimmViT(Backbone):
                 else:
                     x = block(x) if rope is None else block(x, rope=rope)
                 if index in taps:
-                    patches = x[:, prefix : prefix + math.prod(grid)]  # a tuner's tokens come after them
-                    maps.append(patches.transpose(1, 2).unflatten(2, grid))  # (B, D, *grid)
+                    maps.append(patch_map(x, prefix, grid))
         return Features(images, self.encoder.norm(x), prefix, grid, tuple(maps), (self.spec.patch,) * len(maps))
 
     def _embed(self, images: Tensor, keep: Tensor | None) -> Tensor:
@@ -166,21 +165,15 @@ class TimmViTFamily:
             with readable(name):
                 state = strip_prefix(timm.models.load_state_dict_from_hf(name.partition(":")[2], weights_only=True))
         else:
-            arguments["pretrained"] = True
-            if options.revision:
-                source = f"{source}@{options.revision}"
-                arguments["pretrained_cfg_overlay"] = {"hf_hub_id": repository(name, options.revision)}
+            own, source = pretrained(name, options.revision)
+            arguments |= own
         encoder = _check_plain(create_network(name, arguments | _shape(state or {})), name)
         if state is not None:
             fill(encoder, state, source)
         if options.weights == "pretrained":
             objective = objective_of(f"{name}.{encoder.pretrained_cfg.get('tag')}")
-        elif state is not None and not hub and "." not in name:
-            log.warning(
-                "%s has no tag, so images are normalised as by timm's default for it, mean %s and std %s. Name a tag "
-                "whose normalisation the file shares, such as vit_large_patch16_224.mae.",
-                *(name, encoder.pretrained_cfg.get("mean"), encoder.pretrained_cfg.get("std")),
-            )
+        elif state is not None and not hub:
+            warn_without_tag(name, encoder.pretrained_cfg)
         sha256 = hash_state(encoder.state_dict())
         drop_unused(encoder)
         inflation = fit_to(encoder, options, image_size)

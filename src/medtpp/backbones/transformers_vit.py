@@ -6,7 +6,6 @@ The encoder is the library's own network with its own names, so that `peft` read
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +22,9 @@ from medtpp.backbones.base import (
     Spec,
     gather_tokens,
     hash_state,
+    mask_tokens,
     other_dims,
+    patch_map,
     per_channel,
 )
 from medtpp.backbones.inflate import require_whole, sides
@@ -76,10 +77,7 @@ class TransformersViT(Backbone):
         prefix, grid = self.spec.prefix, self.spec.grid
         pixels = self.normalise(images)
         x = self._part("embed.patch")(pixels).flatten(2).transpose(1, 2)  # (B, N, D)
-        if mask is not None:
-            token = x.new_zeros(x.shape[-1]) if mask_token is None else mask_token.to(x.dtype)
-            x = torch.where(mask[..., None], token, x)
-        x = self._add_prefix(x)  # (B, P + N, D), with absolute positions
+        x = self._add_prefix(mask_tokens(x, mask, mask_token))  # (B, P + N, D), with absolute positions
         rotations = self._rotations(pixels)
         if keep is not None:
             x = torch.cat([x[:, :prefix], gather_tokens(x[:, prefix:], keep)], dim=1)  # (B, P + K, D)
@@ -91,8 +89,7 @@ class TransformersViT(Backbone):
         for index, path in enumerate(self.layout.blocks):
             x = self.encoder.get_submodule(path)(x, attention_mask=None, **positions)
             if index in taps:
-                patches = x[:, prefix : prefix + math.prod(grid)]  # a tuner's tokens come after them
-                maps.append(patches.transpose(1, 2).unflatten(2, grid))  # (B, D, *grid)
+                maps.append(patch_map(x, prefix, grid))
         tokens = self._part("norm.final")(x)
         return Features(images, tokens, prefix, grid, tuple(maps), (self.spec.patch,) * len(maps))
 
