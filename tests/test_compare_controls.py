@@ -26,6 +26,7 @@ from medtpp.training.dense import make_dense
 from medtpp.training.random_direction import random_step, run_random_direction
 from medtpp.workflow.compare import Axes, open_comparison
 from medtpp.workflow.compare.plan import CONTROLS, Arm, Cell, base_experiment, cell_experiment
+from medtpp.workflow.compare.summary import notes_of
 from medtpp.workflow.compare.words import QUESTIONS, Measure, sentence
 from medtpp.workflow.prepare import foreign_pool, prepare
 from medtpp.workflow.run import finetune_stage, tpp_stage
@@ -107,6 +108,7 @@ def test_each_control_has_its_question_and_its_family():
         assert pairs[init]["sentence"] in page
     assert [stage["init"] for stage in summary["tpp"]] == ["tpp", "tpp_labelled", "tpp_foreign"]
     assert "lora tpp_labelled, 12 labels" in page
+    assert not any("would be TPP itself" in note for note in summary["notes"])  # nothing was left out
 
 
 def test_controls_see_their_own_images_alone():
@@ -300,6 +302,7 @@ def test_labelled_images_that_are_all_there_are_no_control():
     opened = open_comparison(experiment(*STEPS), axes, None, dry_run=True)
     counts = {cell.labels for cell in opened.cells if cell.arm.init == "tpp_labelled"}
     assert counts == {12}
+    assert any("would be TPP itself" in note for note in notes_of(opened, []))
     more = open_comparison(experiment(*STEPS, unlabelled=[foreign_folder()]), axes, None, dry_run=True)
     assert {cell.labels for cell in more.cells if cell.arm.init == "tpp_labelled"} == {12, "all"}
     assert len({start.folder(Path()) for start in more.starts}) == len(more.starts) == 3

@@ -97,7 +97,7 @@ def summarise(comparison: Comparison, out: Path) -> ComparisonFile:
         differences=_differences(comparison, scores, title, unit),
         tpp=_pretext(comparison, out),
         failed=_failed(comparison, out),
-        notes=_notes(comparison, list(scores.values())),
+        notes=notes_of(comparison, list(scores.values())),
     )
     write_json(out / "comparison.json", summary.model_dump(mode="json", by_alias=True))
     return summary
@@ -256,7 +256,8 @@ def _failed(comparison: Comparison, out: Path) -> list[FailedFile]:
     return [FailedFile(cell=failure["name"], reason=failure["reason"]) for failure in found]
 
 
-def _notes(comparison: Comparison, scores: list[Scores]) -> list[str]:
+def notes_of(comparison: Comparison, scores: list[Scores]) -> list[str]:
+    """What is to be known when the numbers are read."""
     notes = []
     undefined = max((scored.mean().undefined_share for scored in scores), default=0.0)
     if undefined > 0.01:
@@ -265,7 +266,7 @@ def _notes(comparison: Comparison, scores: list[Scores]) -> list[str]:
             f"In {undefined:.0%} of the resamples the metric does not exist, since no case of {kind} was drawn; these "
             "are left out of intervals and p-values."
         )
-    if "tpp_labelled" in comparison.axes.inits and comparison.labels_of_tpp:
+    if "tpp_labelled" in comparison.axes.inits and set(comparison.labels_of_tpp) & set(comparison.axes.labels):
         notes.append(
             "At all labels, TPP on the labelled images alone would be TPP itself, since there are no unlabelled ones: "
             "it is left out there."
