@@ -122,9 +122,11 @@ class TestTorch:
         assert result.difference < 1e-5
         assert result.batch or kind == "masks in 3D"
 
-    def test_a_tuner_that_does_not_merge_is_exported_as_it_is(self, tmp_path):
-        one = made("photographs", tuner="vpt_deep")
-        assert not exports.export(one, "torch", tmp_path).merged
+    @pytest.mark.parametrize("tuner", ["vpt_deep", "convpass"])
+    def test_a_tuner_that_does_not_merge_is_exported_as_it_is(self, tuner, tmp_path):
+        one = made("photographs", tuner=tuner)
+        result = exports.export(one, "torch", tmp_path)
+        assert (result.merged, result.batch) == (False, True)
         network = torch.export.load(tmp_path / "model.pt2").module()
         images = example(one, 1)
         torch.testing.assert_close(network(images), own(one, images), atol=1e-5, rtol=0)

@@ -386,7 +386,8 @@ def mask_tokens(x: Tensor, mask: Tensor | None, token: Tensor | None) -> Tensor:
 
 def patch_map(x: Tensor, prefix: int, grid: tuple[int, ...]) -> Tensor:
     """(B, P + N, D) to the patches' map (B, D, *grid); tokens that a tuner put after them are left out."""
-    return x[:, prefix : prefix + math.prod(grid)].transpose(1, 2).reshape(len(x), -1, *grid)
+    patches = x[:, prefix : prefix + math.prod(grid)]
+    return patches.transpose(1, 2).unflatten(2, grid)  # reshape(len(x), ...) would fix the batch size of an export
 
 
 def gather_tokens(tokens: Tensor, keep: Tensor) -> Tensor:
