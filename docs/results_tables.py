@@ -1,8 +1,15 @@
-"""Tables of docs/results.md, made from the raw results in results/: `python docs/results_tables.py` enters them.
+"""Tables of docs pages, made from the raw results in results/: `python docs/results_tables.py` enters them.
 
-A block `<!-- KIND: NAME -->` ... `<!-- end -->` holds the table of kind `comparison` of results/NAME/comparison.json,
-of kind `arms` of all comparisons in the folder results/NAME, of kind `segmentation` of results/NAME/evaluation.json, of
-kind `settings` of results/NAME.json (benchmarks/tpp_defaults.py). `tests/test_docs.py` fails while one is not current.
+A block `<!-- KIND: NAME -->` ... `<!-- end -->` holds the table of kind
+- `comparison` of results/NAME/comparison.json,
+- `arms` of all comparisons in the folder results/NAME,
+- `segmentation` of results/NAME/evaluation.json,
+- `settings` of results/NAME.json (benchmarks/tpp_defaults.py),
+- `starts` of results/NAME.json (benchmarks/finetune_defaults.py),
+- `contract` of results/NAME.csv (benchmarks/contract.py),
+- `costs` of results/NAME.json (medtpp bench).
+
+`tests/test_docs.py` fails while one is not current.
 """
 
 from __future__ import annotations
@@ -13,32 +20,25 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import pandas as pd
+
 ROOT = Path(__file__).parents[1]
-PAGE = ROOT / "docs" / "results.md"
-_BLOCK = re.compile(r"<!-- (comparison|arms|segmentation|settings): (\S+) -->\n.*?<!-- end -->", re.DOTALL)
+PAGES = tuple(ROOT / "docs" / name for name in ("results.md", "bench.md", "design.md"))
 
 
-def results_page(text: str) -> str:
-    """The text of docs/results.md with its tables as results/ has them now."""
+def with_tables(text: str) -> str:
+    """The text of a page with its tables as results/ has them now."""
 
     def fill(block: re.Match[str]) -> str:
         kind, name = block.groups()
-        path = ROOT / "results" / name
-        if kind == "arms":
-            table = arms_table({file.parent.name: _read(file) for file in sorted(path.glob("*/comparison.json"))})
-        elif kind == "comparison":
-            table = comparison_table(_read(path / "comparison.json"))
-        elif kind == "segmentation":
-            table = segmentation_table(_read(path / "evaluation.json"))
-        else:
-            table = settings_table(_read(path.with_suffix(".json")))
-        return f"<!-- {kind}: {name} -->\n\n{table}\n\n<!-- end -->"
+        return f"<!-- {kind}: {name} -->\n\n{_TABLES[kind](ROOT / 'results' / name)}\n\n<!-- end -->"
 
-    return _BLOCK.sub(fill, text)
+    return re.sub(rf"<!-- ({'|'.join(_TABLES)}): (\S+) -->\n.*?<!-- end -->", fill, text, flags=re.DOTALL)
 
 
-def comparison_table(found: dict[str, Any]) -> str:
+def comparison_table(folder: Path) -> str:
     """A row for each label count and tuner, then the other arms."""
+    found = _read(folder / "comparison.json")
     means = {(row["arm"], row["labels"]): row for row in found["means"]}
     title, points = found["metric_title"], 100
     lines = [
@@ -62,8 +62,9 @@ def comparison_table(found: dict[str, Any]) -> str:
     return "\n".join([*lines, "", f"{len(found['seeds'])} seeds, intervals over seeds and {groups} of the test."])
 
 
-def arms_table(comparisons: dict[str, dict[str, Any]]) -> str:
+def arms_table(folder: Path) -> str:
     """A row for each arm of some comparisons without differences."""
+    comparisons = {path.parent.name: _read(path) for path in sorted(folder.glob("*/comparison.json"))}
     lines = ["| | arm | labels | mean [95% interval] |", "|---|---|---:|---|"]
     for name, found in comparisons.items():
         rows = [f"{row['arm']} | {row['labels']} | {_value(row)}" for row in found["means"]]
@@ -71,8 +72,9 @@ def arms_table(comparisons: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def segmentation_table(found: dict[str, Any]) -> str:
+def segmentation_table(folder: Path) -> str:
     """A row for the mean of all structures, then one for each."""
+    found = _read(folder / "evaluation.json")
     lines = [f"| | Dice | HD95, {found['unit']} | NSD at {found['tolerance']:g} {found['unit']} |", "|---|---|---|---|"]
     for name, its in {"mean": found, **found["structures"]}.items():
         values = [_value(its["metrics"][metric]) for metric in ("dice", "hd95", "nsd")]
@@ -80,9 +82,9 @@ def segmentation_table(found: dict[str, Any]) -> str:
     return "\n".join([*lines, "", f"{found['n_cases']} cases, 95% intervals over them."])
 
 
-def settings_table(found: dict[str, Any]) -> str:
+def settings_table(path: Path) -> str:
     """A row for each setting: gain over no TPP, seed by seed."""
-    rows = found["rows"]
+    rows = _read(path.with_suffix(".json"))["rows"]
     base = {row["seed"]: row["auc"] for row in rows if row["setting"] == "no TPP"}
     lines = ["| setting | AUC | gain over no TPP, points | of each seed |", "|---|---:|---:|---|"]
     for name in dict.fromkeys(row["setting"] for row in rows):
@@ -91,6 +93,46 @@ def settings_table(found: dict[str, Any]) -> str:
         shown = f"`{name}`" if "=" in name else name
         each = ", ".join(f"{gain:+.1f}" for gain in gains)
         lines.append(f"| {shown} | {fmean(row['auc'] for row in its):.3f} | {fmean(gains):+.1f} | {each} |")
+    return "\n".join(lines)
+
+
+def starts_table(path: Path) -> str:
+    """A row for each setting of fine-tuning: both starts, and what TPP gains, seed by seed."""
+    rows = pd.DataFrame(_read(path.with_suffix(".json"))["rows"])
+    lines = ["| setting | AUC, standard | AUC, TPP | gain, points | of each seed |", "|---|---:|---:|---:|---|"]
+    for setting, its in rows.groupby("settings", sort=False):
+        auc = its.pivot(index="seed", columns="start", values="auc")
+        gains = 100 * (auc["tpp"] - auc["standard"])
+        each = ", ".join(f"{gain:+.1f}" for gain in gains)
+        shown = "<br>".join(f"`{part}`" if "=" in part else part for part in str(setting).split())
+        means = f"{auc['standard'].mean():.3f} | {auc['tpp'].mean():.3f} | {gains.mean():+.1f}"
+        lines.append(f"| {shown} | {means} | {each} |")
+    return "\n".join(lines)
+
+
+def contract_table(path: Path) -> str:
+    """A row for each tuner: combinations, tests, and how many failed."""
+    rows = pd.read_csv(path.with_suffix(".csv"), keep_default_na=False)
+    lines = ["| tuner | kinds of backbone | pretext tasks | combinations | tests passed | failed |"]
+    lines.append("|---|---:|---:|---:|---:|---:|")
+    for tuner, its in [*rows.groupby("tuner"), ("all", rows)]:
+        counts = (its["backbone"].nunique(), its["pretext"][its["pretext"] != ""].nunique(), len(its))
+        counts += (its["passed"].sum(), its["failed"].sum())
+        lines.append(f"| {tuner} | {' | '.join(f'{count:,}' for count in counts)} |")
+    return "\n".join(lines)
+
+
+def costs_table(path: Path) -> str:
+    """A row for each tuner: parameters, speed and memory in both stages."""
+    found = _read(path.with_suffix(".json"))
+    lines = ["| tuner | parameters | TPP, images/s | TPP, MiB | fine-tuning, images/s | fine-tuning, MiB |"]
+    lines.append("|---|---:|---:|---:|---:|---:|")
+    for name, stages in found["tuners"].items():
+        cells = [f"{next(cost['parameters'] for cost in stages.values()):,}"]
+        for stage in ("tpp", "finetune"):
+            cost = stages.get(stage)
+            cells += ["", ""] if cost is None else [f"{cost['images_per_second']:.1f}", f"{cost['memory_mib']:.0f}"]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -103,5 +145,16 @@ def _value(mean: dict[str, Any]) -> str:
     return "failed" if mean["value"] is None else f"{mean['value']:.3f} [{mean['low']:.3f}, {mean['high']:.3f}]"
 
 
+_TABLES = {
+    "comparison": comparison_table,
+    "arms": arms_table,
+    "segmentation": segmentation_table,
+    "settings": settings_table,
+    "starts": starts_table,
+    "contract": contract_table,
+    "costs": costs_table,
+}
+
 if __name__ == "__main__":
-    PAGE.write_text(results_page(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    for page in PAGES:
+        page.write_text(with_tables(page.read_text(encoding="utf-8")), encoding="utf-8")
