@@ -116,8 +116,8 @@ def contract_table(path: Path) -> str:
     lines = ["| tuner | kinds of backbone | pretext tasks | combinations | tests passed | failed |"]
     lines.append("|---|---:|---:|---:|---:|---:|")
     for tuner, its in [*rows.groupby("tuner"), ("all", rows)]:
-        counts = (its["backbone"].nunique(), its["pretext"][its["pretext"] != ""].nunique(), len(its))
-        counts += (its["passed"].sum(), its["failed"].sum())
+        kinds, tasks = its["backbone"].nunique(), its["pretext"][its["pretext"] != ""].nunique()
+        counts = kinds, tasks, len(its), its["passed"].sum(), its["failed"].sum()
         lines.append(f"| {tuner} | {' | '.join(f'{count:,}' for count in counts)} |")
     return "\n".join(lines)
 

@@ -386,8 +386,8 @@ def mask_tokens(x: Tensor, mask: Tensor | None, token: Tensor | None) -> Tensor:
 
 def patch_map(x: Tensor, prefix: int, grid: tuple[int, ...]) -> Tensor:
     """(B, P + N, D) to the patches' map (B, D, *grid); tokens that a tuner put after them are left out."""
-    patches = x[:, prefix : prefix + math.prod(grid)]
-    return patches.transpose(1, 2).unflatten(2, grid)  # reshape(len(x), ...) would fix the batch size of an export
+    patches = x[:, prefix : prefix + math.prod(grid)].transpose(1, 2)
+    return patches.reshape(x.shape[0], -1, *grid)  # len(x) is a number, which would fix the batch size of an export
 
 
 def gather_tokens(tokens: Tensor, keep: Tensor) -> Tensor:

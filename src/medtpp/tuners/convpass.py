@@ -56,7 +56,7 @@ class ConvBypass(nn.Module):
         prefix, patches = x[:, : self.prefix], x[:, self.prefix :]
         centre = self.conv.weight.flatten(2)[..., 3 ** len(self.grid) // 2]
         prefix = nn.functional.linear(prefix, centre, self.conv.bias)
-        image = patches.transpose(1, 2).unflatten(2, self.grid)  # (B, C, *grid)
+        image = patches.transpose(1, 2).reshape(x.shape[0], -1, *self.grid)  # (B, C, *grid)
         patches = self.conv(image).flatten(2).transpose(1, 2)
         added: Tensor = self.up(nn.functional.gelu(torch.cat([prefix, patches], dim=1)))
         return self.scale * added
