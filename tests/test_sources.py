@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 
 from medtpp.config import DataOptions
 from medtpp.data.case import Dataset
+from medtpp.data.listing import list_images
+from medtpp.data.problems import first_few
 from medtpp.data.read import read_dataset, read_unlabelled
-from medtpp.data.sources import first_few, list_images, split_of
+from medtpp.data.sources import split_of
 from medtpp.errors import DataError
 
 

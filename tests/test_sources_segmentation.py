@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 
 from medtpp.config import DataOptions
 from medtpp.data.case import Structure
+from medtpp.data.listing import split_suffix
 from medtpp.data.read import read_dataset
-from medtpp.data.sources import find_images, split_suffix
+from medtpp.data.sources import find_images
 from medtpp.data.sources._structures import parse_structures
 from medtpp.data.sources.segmentation_folders import pair, without_masks
 from medtpp.errors import DataError

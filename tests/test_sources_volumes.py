@@ -10,8 +10,9 @@ from pydicom.fileset import FileSet
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
 from medtpp.config import DataOptions
+from medtpp.data.listing import list_images, split_suffix
 from medtpp.data.read import read_dataset
-from medtpp.data.sources import find_images, list_images, split_suffix
+from medtpp.data.sources import find_images
 from medtpp.errors import DataError
 
 SECRET = "Mustermann"

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from medtpp.data.case import SPLITS, Case, Dataset, ImageRecord, Problem, Record
 from medtpp.data.check_volumes import Spread, VolumeSummary, describe_volumes, scans_of, spread, volume_problems
 from medtpp.data.giveaways import FEW_CASES, giveaways
-from medtpp.data.problems import count, error, exclude_option, warning
-from medtpp.data.sources import first_few
+from medtpp.data.problems import count, error, exclude_option, first_few, warning
 from medtpp.data.volume_scan import VolumeScan
 from medtpp.errors import DataError
 

@@ -14,9 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medtpp.data.case import SPLITS, Case, Dataset, Problem, Record
-from medtpp.data.problems import count, error, exclude_option, warning
+from medtpp.data.problems import count, error, exclude_option, first_few, warning
 from medtpp.data.restore import ANISOTROPY
-from medtpp.data.sources import first_few
 from medtpp.data.volume_scan import MOST_VALUES, VolumeScan
 
 MOST_LISTED = 5  # cases whose fault is told in full

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence, Sized
+from itertools import islice
 
 from medtpp.data.case import Problem
 
@@ -21,6 +22,14 @@ def warning(code: str, text: str, cases: Iterable[str] = ()) -> Problem:
 def count(items: Sized, noun: str) -> str:
     """How many, such as "1 image" and "2 images"."""
     return f"{len(items)} {noun}{'' if len(items) == 1 else 's'}"
+
+
+def first_few(items: Iterable[object], limit: int = 5) -> str:
+    """The first items as text with the number of the rest: "a, b and 7 more"."""
+    rest = iter(items)
+    text = ", ".join(str(item) for item in islice(rest, limit))
+    left = sum(1 for _ in rest)
+    return f"{text} and {left} more" if left else text
 
 
 def exclude_option(ids: Sequence[str]) -> str:

@@ -11,7 +11,8 @@ from pathlib import Path
 from medtpp.config import SOURCES, DataOptions
 from medtpp.data.case import Case, Dataset, Problem
 from medtpp.data.download import local_path
-from medtpp.data.sources import class_names, find_images, first_few
+from medtpp.data.problems import first_few
+from medtpp.data.sources import class_names, find_images
 from medtpp.data.sources.segmentation_folders import without_masks
 from medtpp.errors import DataError
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from medtpp.data.case import SPLITS, Case, Dataset, Problem, Record
 from medtpp.data.check import absent_classes
-from medtpp.data.sources import first_few
+from medtpp.data.problems import first_few
 from medtpp.errors import DataError
 from medtpp.files import atomic
 from medtpp.seeds import Seeds

@@ -10,8 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from medtpp.data.case import Case
+from medtpp.data.listing import PLANE_SUFFIXES, split_suffix
 from medtpp.data.preprocess import Preprocessing
-from medtpp.data.sources import PLANE_SUFFIXES, ImageFile, find_images, split_suffix
+from medtpp.data.sources import ImageFile, find_images
 from medtpp.data.sources.segmentation_folders import without_masks
 from medtpp.data.volume_preprocess import VolumePreprocessing
 from medtpp.errors import DataError

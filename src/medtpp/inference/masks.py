@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from medtpp.adapter import TaskCard
 from medtpp.data.case import Case, Structure
 from medtpp.data.geometry import Geometry
-from medtpp.data.sources import first_few, split_suffix
+from medtpp.data.listing import split_suffix
+from medtpp.data.problems import first_few
 from medtpp.errors import ConfigError
 from medtpp.inference.cases import VOLUMES, is_dicom_case, stem_of
 from medtpp.inference.write import structure_path, write_dicom_seg, write_mask, write_overlapping

@@ -13,9 +13,9 @@ from medtpp.config import BackboneOptions, Experiment
 from medtpp.data.cache import ImageCache, Progress, build, read_pixels
 from medtpp.data.case import Case, Dataset
 from medtpp.data.decode import probe_colour
+from medtpp.data.listing import PLANE_SUFFIXES, split_suffix
 from medtpp.data.npz import ARCHIVE, row_dims
 from medtpp.data.preprocess import Preprocessing
-from medtpp.data.sources import PLANE_SUFFIXES, split_suffix
 from medtpp.data.store import VolumeStore, build_store
 from medtpp.data.volume_plan import as_options, fingerprint_of, fit_preprocessing
 from medtpp.data.volume_preprocess import VolumePreprocessing

@@ -13,8 +13,8 @@ from pathlib import Path
 from medtpp.config import RECIPES
 from medtpp.data.cache import Progress, parallel
 from medtpp.data.case import SPLITS, Case
+from medtpp.data.problems import first_few
 from medtpp.data.recipes.base import Part, Recipe, Row, Survey, compared_sizes
-from medtpp.data.sources import first_few
 from medtpp.data.split import assign, groups
 from medtpp.errors import DataError, OutputError
 from medtpp.files import write_text

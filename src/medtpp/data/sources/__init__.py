@@ -2,33 +2,28 @@
 
 from __future__ import annotations
 
-import os
 import posixpath
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from medtpp.config import DataOptions
 from medtpp.data.case import Case, Dataset, Problem
-from medtpp.errors import DataError
+from medtpp.data.listing import list_images, split_suffix
+from medtpp.data.problems import first_few
 
 if TYPE_CHECKING:
     from medtpp.data.volumes.series import Series
 
-PLANE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp"})
-VOLUME_SUFFIXES = frozenset({".nii", ".nii.gz", ".nrrd", ".mha", ".mhd"})
-IMAGE_SUFFIXES = PLANE_SUFFIXES | VOLUME_SUFFIXES  # DICOM is told by content: see find_images
 
 _SPLIT_NAMES = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("val", "valid", "validation"), "val"),
     **dict.fromkeys(("test", "testing"), "test"),
 }
-_IGNORED = frozenset({"thumbs.db", "desktop.ini", "__macosx"})
 
 
 class Source(Protocol):
@@ -62,47 +57,6 @@ def class_names(cases: Iterable[Case]) -> tuple[str, ...]:
 def is_excluded(case: str, patterns: Sequence[str]) -> bool:
     """Whether a case id equals or matches one of the patterns; `*` also matches slashes."""
     return any(case == pattern or fnmatchcase(case, pattern) for pattern in patterns)
-
-
-def first_few(items: Iterable[object], limit: int = 5) -> str:
-    """The first items as text with the number of the rest: "a, b and 7 more"."""
-    rest = iter(items)
-    text = ", ".join(str(item) for item in islice(rest, limit))
-    left = sum(1 for _ in rest)
-    return f"{text} and {left} more" if left else text
-
-
-def split_suffix(name: str) -> tuple[str, str]:
-    """A name or path without its suffix, and the suffix in lower case; ".nii.gz" is one suffix."""
-    stem, suffix = os.path.splitext(name)  # noqa: PTH122
-    if suffix.lower() == ".gz" and stem.lower().endswith(".nii"):
-        return stem[:-4], ".nii.gz"
-    return stem, suffix.lower()
-
-
-def list_images(folder: Path) -> tuple[list[str], list[str]]:
-    """All files under a folder, links followed, hidden ones and droppings of operating systems left out.
-
-    Returns:
-        Paths relative to the folder with forward slashes, each list sorted: images by suffix, and other files. DICOM
-        files are among the others, data files that belong to a .mhd header in neither.
-
-    Raises:
-        DataError: A folder cannot be opened, or a name is not UTF-8 and so cannot be written to any table.
-    """
-    files = list(_walk(str(folder), "", frozenset()))
-    broken = sorted(name.encode("utf-8", "replace").decode() for name in files if not _is_text(name))
-    if broken:
-        raise DataError(f"{folder}: {len(broken)} file names are not UTF-8: {first_few(broken)}. Rename them.")
-    parts = {name: split_suffix(name) for name in sorted(files)}
-    images = [name for name, (_, suffix) in parts.items() if suffix in IMAGE_SUFFIXES]
-    headers = {stem for stem, suffix in parts.values() if suffix == ".mhd"}
-    others = [
-        name
-        for name, (stem, suffix) in parts.items()
-        if suffix not in IMAGE_SUFFIXES and not (suffix in (".raw", ".zraw") and stem in headers)
-    ]
-    return images, others
 
 
 @dataclass(frozen=True)
@@ -204,27 +158,3 @@ def _named(folder: Path, scans: Sequence[Series]) -> list[ImageFile]:
         numbered = f"{name}#{seen[name]}" if total[name] > 1 else name
         images.append(ImageFile(numbered, scan.image, scan.files if scan.stacked else (), scan))
     return images
-
-
-def _walk(folder: str, prefix: str, above: frozenset[str]) -> Iterator[str]:
-    real = os.path.realpath(folder)
-    if real in above:  # a link that leads back up
-        return
-    try:
-        with os.scandir(folder) as entries:
-            found = [entry for entry in entries if entry.name[0] != "." and entry.name.casefold() not in _IGNORED]
-    except OSError as error:
-        raise DataError(f"Cannot open the folder {folder}: {error.strerror}. Check its permissions.") from error
-    for entry in found:
-        if entry.is_dir():
-            yield from _walk(entry.path, f"{prefix}{entry.name}/", above | {real})
-        else:
-            yield prefix + entry.name
-
-
-def _is_text(name: str) -> bool:
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

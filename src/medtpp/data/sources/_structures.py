@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 
 from medtpp.data.case import Structure
-from medtpp.data.sources import first_few
+from medtpp.data.problems import first_few
 from medtpp.errors import DataError
 
 

@@ -21,7 +21,9 @@ from pydantic import BaseModel, StrictInt, StrictStr, ValidationError
 
 from medtpp.config import SOURCES, DataOptions
 from medtpp.data.case import Case, Dataset, Problem, Structure
-from medtpp.data.sources import IMAGE_SUFFIXES, PLANE_SUFFIXES, first_few, is_excluded, list_images, split_suffix
+from medtpp.data.listing import IMAGE_SUFFIXES, PLANE_SUFFIXES, list_images, split_suffix
+from medtpp.data.problems import first_few
+from medtpp.data.sources import is_excluded
 from medtpp.data.sources._structures import named_structures, parse_structures
 from medtpp.errors import DataError
 

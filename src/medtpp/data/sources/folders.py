@@ -7,7 +7,9 @@ from typing import ClassVar
 
 from medtpp.config import SOURCES, DataOptions
 from medtpp.data.case import Case, Dataset, Problem
-from medtpp.data.sources import IMAGE_SUFFIXES, ImageFile, class_names, find_images, first_few, scan_problems, split_of
+from medtpp.data.listing import IMAGE_SUFFIXES
+from medtpp.data.problems import first_few
+from medtpp.data.sources import ImageFile, class_names, find_images, scan_problems, split_of
 from medtpp.data.sources.segmentation_folders import holds_masks
 from medtpp.errors import DataError
 

@@ -12,7 +12,8 @@ from typing import ClassVar
 
 from medtpp.config import SOURCES, ColumnOptions, DataOptions
 from medtpp.data.case import Case, Dataset, Problem
-from medtpp.data.sources import ImageFile, class_names, first_few, is_excluded, scan_problems, split_of
+from medtpp.data.problems import first_few
+from medtpp.data.sources import ImageFile, class_names, is_excluded, scan_problems, split_of
 from medtpp.data.sources._structures import named_structures
 from medtpp.errors import DataError
 

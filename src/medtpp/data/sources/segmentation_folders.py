@@ -11,7 +11,9 @@ from typing import ClassVar
 
 from medtpp.config import SOURCES, DataOptions
 from medtpp.data.case import Case, Dataset, Problem
-from medtpp.data.sources import ImageFile, find_images, first_few, list_images, scan_problems, split_of, split_suffix
+from medtpp.data.listing import list_images, split_suffix
+from medtpp.data.problems import first_few
+from medtpp.data.sources import ImageFile, find_images, scan_problems, split_of
 from medtpp.data.sources._structures import named_structures
 from medtpp.errors import DataError
 

@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 
 from medtpp.data.decode import FORMATS, decode, read_bytes
 from medtpp.data.geometry import Geometry, plain_geometry, same_grid
-from medtpp.data.sources import first_few
+from medtpp.data.problems import first_few
 from medtpp.data.volumes.grid import aligned, describe
 from medtpp.data.volumes.read import ITK_SUFFIXES, NIFTI_SUFFIXES, has_suffix, read_file
 from medtpp.errors import DataError

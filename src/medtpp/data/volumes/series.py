@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from medtpp.data.case import Problem
-from medtpp.data.sources import first_few, list_images
+from medtpp.data.listing import list_images
+from medtpp.data.problems import first_few
 from medtpp.data.volumes.dicom import no_volume
 from medtpp.data.volumes.header import PROJECTIONS, Header, is_dicom, read_header
 from medtpp.data.volumes.stack import doubled, in_order, stack_problems

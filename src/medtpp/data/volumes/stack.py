@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from medtpp.data.case import Problem
 from medtpp.data.geometry import Geometry
-from medtpp.data.sources import first_few
+from medtpp.data.problems import first_few
 from medtpp.data.volumes.grid import make_geometry
 
 PARALLEL = 2e-3  # largest difference of direction cosines inside a stack; about 0.1 degrees
