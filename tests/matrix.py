@@ -130,6 +130,16 @@ def params(cells: list[tuple[str, ...]]) -> list:
     return [pytest.param(*cell, marks=() if cell in covered else pytest.mark.slow) for cell in cells]
 
 
+def singly(cells: list[tuple[str, ...]]) -> list:
+    """Cells as parameters of a test, those slow that hold no tuner, task or variant for the first time."""
+    seen: set[tuple[int, str]] = set()
+    found = []
+    for cell in cells:
+        found.append(pytest.param(*cell, marks=pytest.mark.slow if seen.issuperset(enumerate(cell)) else ()))
+        seen |= set(enumerate(cell))
+    return found
+
+
 def pairwise(cells: list[tuple[str, ...]]) -> set[tuple[str, ...]]:
     """Few of the cells, with all pairs of values that any cell has: greedily, the one with most new pairs first."""
     pairs = {cell: set(combinations(enumerate(cell), 2)) for cell in cells}
