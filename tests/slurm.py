@@ -26,7 +26,8 @@ begin() {
         wait $! && echo COMPLETED > "$here/$1.state" || echo FAILED > "$here/$1.state"
     ) > /dev/null 2>&1 &
 }
-export SLURM_JOB_ID=$number SLURM_NTASKS=1 SLURM_JOB_NUM_NODES=1 SLURM_NODEID=0 SLURM_PROCID=0 SLURM_LOCALID=0
+export SLURM_JOB_ID=$number SLURM_JOB_NAME=medtpp SLURM_NTASKS=1
+export SLURM_JOB_NUM_NODES=1 SLURM_NODEID=0 SLURM_PROCID=0 SLURM_LOCALID=0
 if [ -z "$tasks" ]; then
     begin $number
 else

@@ -1,6 +1,5 @@
 import os
 import pickle
-import shutil
 import signal
 import subprocess
 import sys
@@ -14,13 +13,11 @@ import pytest
 import slurm
 import test_pool
 from medtpp.errors import ConfigError, OutputError
-from medtpp.files import read_json
 from medtpp.workflow.cluster import ClusterOptions, chains, load_cluster, run_on_cluster
 from medtpp.workflow.experiment import load_experiment
 from medtpp.workflow.node import read_outcomes, store_calls
 from medtpp.workflow.pool import Job
-from runs import cli, compare_command, compared, done, refused, same_files
-from test_compare import CELL_FILES, cells
+from runs import compare_command, refused
 
 LOCAL = ClusterOptions(executor="local", at_once=2)
 SLURM = ClusterOptions(partition="gpu", at_once=3)
@@ -283,41 +280,6 @@ def test_all_nodes_compute_alike():
     hardware = gpu.placed(load_experiment(Path("data"), ["hardware.precision=bf16"])).hardware
     assert (hardware.accelerator, hardware.precision) == ("cuda", "bf16")
     assert LOCAL.placed(experiment).hardware.accelerator == "cpu"
-
-
-def test_cells_on_a_cluster_are_those_of_this_machine(tmp_path):
-    """The same bits; a cell that fails is told, and done later."""
-    folder, _ = compared()
-    copy = tmp_path / "copy"
-    shutil.copytree(folder, copy)
-    again = [path.relative_to(copy) for path in (copy / "cells").glob("*/*/seed1")]
-    for path in (*again, "tpp/lora/seed1"):
-        shutil.rmtree(copy / path)
-    (copy / again[0]).mkdir(parents=True)
-    broken = copy / again[0] / "finetune" / "stray.txt"
-    broken.parent.mkdir()
-    broken.touch()
-    (tmp_path / "cluster.yaml").write_text("executor: local\n")
-    command = (*compare_command(), "--out", copy, "--resume")
-    result = cli(*command, "--cluster", tmp_path / "cluster.yaml")
-    assert result.status == 1
-    assert [row["status"] for row in cells(copy)].count("failed") == 1
-    assert len(read_json(copy / "comparison.json")["failed"]) == 1
-    for path in again[1:]:
-        same_files(folder / path, copy / path, CELL_FILES)
-    broken.unlink()
-    done(*command, "--cluster", tmp_path / "cluster.yaml")
-    same_files(folder / again[0], copy / again[0], CELL_FILES)
-    assert not list((copy / "cluster").rglob("*.pkl"))
-
-
-def test_steps_are_measured_where_the_cells_will_be(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "cluster.yaml").write_text("executor: local\nat_once: 3\n")
-    result = done(*compare_command(), "--dry-run", "--cluster", "cluster.yaml", "--init", "standard", "--labels", "12")
-    assert "processes 2, threads 1 each" in result.text
-    assert "?" not in result.out
-    assert [path.name for path in tmp_path.iterdir()] == ["cluster.yaml"]
 
 
 def test_the_page_has_every_field():

@@ -24,7 +24,8 @@ from medtpp.workflow.pool import Job, Outcome
 
 _SHORTEST = 600.0  # seconds of work that are worth a submission: waiting in the queue and imports take minutes
 _FULL = 0.7  # of a submission's time is given out; estimates err
-_LATE = 15.0  # seconds that files may take from a node to here
+_LATE = 60.0  # seconds that files may take from a node to here
+_ARRAY = 1000  # submissions in an array; SLURM itself allows 1001
 _SUBMITTED = "submitted.json"
 _ADVICE = {"TIMEOUT": "give it more minutes", "OUT_OF_MEMORY": "give it more mem_gb"}
 
@@ -147,7 +148,7 @@ def run_on_cluster(
             ready = [job for job in waiting if families[job.name] not in followed]
             waiting = _without(waiting, ready)
             queue.extend(chains(ready, options))
-            room = len(queue) if options.executor == "slurm" else options.at_once - len(running)
+            room = _ARRAY if options.executor == "slurm" else options.at_once - len(running)
             running += cluster.submit([queue.popleft() for _ in range(min(room, len(queue)))], light, ended)
             for outcome in read_outcomes(folder, [job for submission in running for job in submission.left]):
                 ended[outcome.job.name] = outcome.error

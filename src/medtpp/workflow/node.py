@@ -9,6 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,8 +88,11 @@ def outcome_file(folder: Path, job: Job) -> Path:
 
 def read_outcomes(folder: Path, jobs: Iterable[Job]) -> list[Outcome]:
     """Those that are there."""
-    there = {path.name for path in (folder / "outcomes").iterdir()}  # asks a network file system anew
-    found = [(job, path) for job in jobs if (path := outcome_file(folder, job)).name in there]
+    folder = folder / "outcomes"
+    with suppress(OSError):  # of somebody else
+        folder.chmod(folder.stat().st_mode)  # a network file system then asks anew what is there
+    there = {path.name for path in folder.iterdir()}
+    found = [(job, path) for job in jobs if (path := outcome_file(folder.parent, job)).name in there]
     return [Outcome(job, *pickle.loads(path.read_bytes())) for job, path in found]
 
 
