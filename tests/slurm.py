@@ -70,7 +70,8 @@ exit 0
 
 
 def install(folder: Path, monkeypatch) -> Path:
-    """Put the scripts first in the PATH."""
+    """Put the scripts first in the PATH, and look often at what comes."""
+    monkeypatch.setattr("medtpp.workflow.cluster._PAUSE", 0.2)
     folder.mkdir()
     for name, text in SCRIPTS.items():
         (folder / name).write_text(HEAD + text)

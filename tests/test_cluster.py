@@ -14,10 +14,11 @@ import slurm
 import test_pool
 from medtpp.errors import ConfigError, OutputError
 from medtpp.workflow.cluster import ClusterOptions, chains, load_cluster, run_on_cluster
+from medtpp.workflow.compare.comparison import share_machine
 from medtpp.workflow.experiment import load_experiment
 from medtpp.workflow.node import read_outcomes, store_calls
 from medtpp.workflow.pool import Job
-from runs import compare_command, refused
+from runs import data_folder, refused
 
 LOCAL = ClusterOptions(executor="local", at_once=2)
 SLURM = ClusterOptions(partition="gpu", at_once=3)
@@ -159,7 +160,9 @@ def test_a_submission_that_slurm_ends_is_told(tmp_path, fake, monkeypatch):
     assert f"left no log in {tmp_path / 'cluster'}" in outcome.error
 
 
-def test_what_is_left_early_is_cancelled(tmp_path, fake):
+def test_what_is_left_early_is_cancelled(tmp_path, fake, monkeypatch):
+    """And begun again by the next command, when it has surely ended."""
+    monkeypatch.setattr("medtpp.workflow.cluster._LATE", 0.5)
     jobs = [
         job(tmp_path, "quick", partial(test_pool.add, 1, 1)),
         job(tmp_path, "slow", partial(test_pool.touch_slowly, tmp_path / "slow", 30)),
@@ -172,6 +175,8 @@ def test_what_is_left_early_is_cancelled(tmp_path, fake):
     assert "scancel 101_0 101_1\n" in (fake / "calls").read_text()
     assert not [process for process in psutil.process_iter(["cmdline"]) if str(tmp_path / "cluster") in
                 " ".join(process.info["cmdline"] or [])]  # fmt: skip
+    found = outcomes(tmp_path, *jobs[:1], job(tmp_path, "slow", partial(test_pool.add, 2, 2)), options=SLURM)
+    assert (found["quick"].value, found["slow"].value) == (2, 4)
 
 
 def test_a_command_that_was_killed_is_followed(tmp_path, fake, monkeypatch):
@@ -232,7 +237,7 @@ def test_what_jobs_share_is_written_once(tmp_path):
 def test_mistakes_of_the_file_are_told_together(tmp_path, monkeypatch):
     path = tmp_path / "cluster.yaml"
     path.write_text("partitoin: gpu\nminutes: 0\ngpus_per_node: many\nexecutor: pbs\n")
-    text = refused(*compare_command(), "--dry-run", "--cluster", path)
+    text = refused("compare", data_folder(), "--dry-run", "--cluster", path)
     for part in (
         "line 1",
         "did you mean partition",
@@ -243,16 +248,14 @@ def test_mistakes_of_the_file_are_told_together(tmp_path, monkeypatch):
     ):
         assert part in text
     path.write_text("[1]")
-    assert "partition:" in refused(*compare_command(), "--dry-run", "--cluster", path)
-    assert "no cluster file" in refused(*compare_command(), "--dry-run", "--cluster", tmp_path / "no.yaml")
+    assert "partition:" in refused("compare", data_folder(), "--dry-run", "--cluster", path)
+    assert "no cluster file" in refused("compare", data_folder(), "--dry-run", "--cluster", tmp_path / "no.yaml")
     path.write_text("partition: gpu\n")
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert "executor: local" in refused(*compare_command(), "--dry-run", "--cluster", path)
+    assert "executor: local" in refused("compare", data_folder(), "--dry-run", "--cluster", path)
     path.write_text("executor: local\n")
-    assert "at_once" in refused(*compare_command(), "--dry-run", "--cluster", path, "--jobs", "2")
-    assert "hardware.accelerator" in refused(
-        *compare_command(), "--dry-run", "--cluster", path, "--set", "hardware.accelerator=cuda"
-    )
+    with pytest.raises(ConfigError, match="at_once"):
+        share_machine(load_experiment(Path("data")), 4, jobs=2, cluster=load_cluster(path))
 
 
 def test_submitit_is_named_where_it_is_missing(tmp_path, monkeypatch):
@@ -280,6 +283,8 @@ def test_all_nodes_compute_alike():
     hardware = gpu.placed(load_experiment(Path("data"), ["hardware.precision=bf16"])).hardware
     assert (hardware.accelerator, hardware.precision) == ("cuda", "bf16")
     assert LOCAL.placed(experiment).hardware.accelerator == "cpu"
+    with pytest.raises(ConfigError, match=r"hardware\.accelerator is cuda"):
+        LOCAL.placed(load_experiment(Path("data"), ["hardware.accelerator=cuda"]))
 
 
 def test_the_page_has_every_field():

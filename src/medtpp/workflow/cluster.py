@@ -24,7 +24,8 @@ from medtpp.workflow.pool import Job, Outcome
 
 _SHORTEST = 600.0  # seconds of work that are worth a submission: waiting in the queue and imports take minutes
 _FULL = 0.7  # of a submission's time is given out; estimates err
-_LATE = 60.0  # seconds that files may take from a node to here
+_LATE = 60.0  # seconds after the end in which files of a node may come, and what was cancelled may still write
+_PAUSE = 5.0  # seconds between looks at files that came: hundreds of submissions load a file server
 _ARRAY = 1000  # submissions in an array; SLURM itself allows 1001
 _SUBMITTED = "submitted.json"
 _ADVICE = {"TIMEOUT": "give it more minutes", "OUT_OF_MEMORY": "give it more mem_gb"}
@@ -238,7 +239,7 @@ class _Cluster:
         import submitit
 
         self.options, self.folder, self.slurm = options, folder, options.executor == "slurm"
-        self.pause, self.late = (1.0, _LATE) if self.slurm else (0.1, 0.0)
+        self.pause, self.late = (_PAUSE, _LATE) if self.slurm else (0.1, 0.0)
         driver = None if self.slurm else os.getpid()
         self.place = Place(folder, Path.cwd(), reads, options.processes, options.threads, options.gpus, driver)
         self.executor = submitit.AutoExecutor(folder=folder, cluster=options.executor)
@@ -259,18 +260,20 @@ class _Cluster:
         )
 
     def still_running(self, jobs: Sequence[Job]) -> list[_Submission]:
-        """Submissions of an earlier command that are still at some of these jobs."""
+        """Submissions of an earlier command that did not tell their end, and may be at some of these jobs.
+
+        What was cancelled is among them: SLURM leaves it half a minute to end, and it may write until then.
+        """
         from submitit import SlurmJob
 
         if not self.slurm or not (self.folder / _SUBMITTED).is_file():  # local ones end with their command
             return []
         by_name, record = {job.name: job for job in jobs}, read_json(self.folder / _SUBMITTED)
-        # All are known to submitit before the first is asked for: it asks SLURM for all of them at once.
-        known: dict[str, Any] = {number: SlurmJob(self.folder, number) for number in record}
-        at_work = {number: names for number, names in record.items() if not known[number].done()}
-        write_json(self.folder / _SUBMITTED, at_work)
-        left = {number: [by_name[name] for name in names if name in by_name] for number, names in at_work.items()}
-        return [_Submission(known[number], jobs, found=True) for number, jobs in left.items() if jobs]
+        made: dict[str, Any] = {number: SlurmJob(self.folder, number) for number in record}
+        silent = {number: names for number, names in record.items() if not made[number].paths.result_pickle.exists()}
+        write_json(self.folder / _SUBMITTED, silent)
+        left = {number: [by_name[name] for name in names if name in by_name] for number, names in silent.items()}
+        return [_Submission(made[number], jobs, found=True) for number, jobs in left.items() if jobs]
 
     def submit(
         self, found: Sequence[list[Job]], light: Mapping[str, Job], ended: Mapping[str, str | None]
