@@ -5,6 +5,7 @@ from dataclasses import asdict, replace
 
 import pytest
 
+import slurm
 from medtpp.data.fingerprints import patient_hash
 from medtpp.errors import ConfigError, OutputError
 from medtpp.evaluation.bootstrap import Estimate
@@ -142,6 +143,38 @@ def test_a_broken_cell_does_not_stop_the_rest(tmp_path):
     (broken / "stray.txt").unlink()
     done(*compare_command(), "--out", tmp_path / "copy", "--resume")
     assert not read_json(tmp_path / "copy" / "comparison.json")["failed"]
+
+
+def test_cells_on_a_cluster_are_those_of_this_machine(tmp_path):
+    """The same bits; a cell that fails does not stop the rest."""
+    folder, _ = compared()
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    broken, *others = sorted(path.relative_to(copy) for path in (copy / "cells").glob("*/*/seed1"))
+    for path in (broken, *others, "tpp/lora/seed1"):
+        shutil.rmtree(copy / path)
+    (copy / broken / "finetune").mkdir(parents=True)
+    (copy / broken / "finetune" / "stray.txt").write_text("not medtpp's")
+    (tmp_path / "cluster.yaml").write_text("executor: local\n")
+    result = cli(*compare_command(), "--out", copy, "--resume", "--cluster", tmp_path / "cluster.yaml")
+    assert result.status == 1
+    assert [row["status"] for row in cells(copy)].count("failed") == 1
+    for path in others:
+        same_files(folder / path, copy / path, CELL_FILES)
+    assert not list((copy / "cluster").rglob("*.pkl"))
+
+
+def test_steps_are_measured_where_the_cells_will_be(tmp_path, monkeypatch):
+    fake = slurm.install(tmp_path / "slurm", monkeypatch)
+    (tmp_path / "cluster.yaml").write_text("partition: small\nat_once: 3\n")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    options = ("--init", "standard", "--labels", "12", "--dry-run", "--cluster", "../cluster.yaml")
+    result = done(*compare_command(), *options)
+    assert "processes 2, threads 1 each" in result.text
+    assert "?" not in result.out
+    assert "--partition=small" in (fake / "101.sh").read_text()
+    assert not list((tmp_path / "here").iterdir())
 
 
 def test_a_dry_run_writes_nothing(tmp_path, monkeypatch):

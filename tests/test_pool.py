@@ -6,6 +6,8 @@ import time
 from functools import partial
 from pathlib import Path
 
+import pytest
+
 from medtpp.errors import DataError
 from medtpp.workflow.pool import Job, run_jobs
 
@@ -27,8 +29,22 @@ def die():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def signal_self(*names):
+    for name in names:
+        os.kill(os.getpid(), getattr(signal, name))
+    return "still here"
+
+
 def environment(name):
     return os.environ.get(name)
+
+
+def meet(folder, name, guests):
+    """The GPU that this process sees, when all the others are there too."""
+    (folder / f"{name}.there").touch()
+    while len(list(folder.glob("*.there"))) < guests:
+        time.sleep(0.01)
+    return os.environ["CUDA_VISIBLE_DEVICES"]
 
 
 def touch_slowly(path, seconds):
@@ -109,6 +125,41 @@ def test_processes_get_their_share_of_the_machine(tmp_path, monkeypatch):
     assert found["OMP_NUM_THREADS 0"] == found["OMP_NUM_THREADS 1"] == "3"
     assert {found[f"CUDA_VISIBLE_DEVICES {copy}"] for copy in range(2)} <= {"4", "7"}
     assert os.environ["OMP_NUM_THREADS"] == "16"
+
+
+@pytest.mark.parametrize(
+    ("allowed", "expected"),
+    [
+        ("4,7", ["4", "4", "7", "7"]),
+        (None, ["0", "0", "1", "1"]),
+        ("MIG-8a1f/3/0, GPU-5ce2", ["GPU-5ce2", "GPU-5ce2", "MIG-8a1f/3/0", "MIG-8a1f/3/0"]),
+    ],
+)
+def test_processes_take_turns_at_the_gpus(tmp_path, monkeypatch, allowed, expected):
+    """Each sees one, whatever it is called; those that are allowed are shared evenly."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if allowed:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", allowed)
+    jobs = [Job(str(name), partial(meet, tmp_path, name, 4), tmp_path / "log") for name in range(4)]
+    found = [outcome.value for outcome in run_jobs(jobs, processes=4, threads=1, gpus=2)]
+    assert sorted(found) == expected
+
+
+def test_what_a_cluster_sends_before_the_end_is_for_the_parent(tmp_path):
+    jobs = [Job("job", partial(signal_self, "SIGTERM", "SIGUSR2"), tmp_path / "log")]
+    assert [outcome.value for outcome in run_jobs(jobs, processes=1, threads=1)] == ["still here"]
+
+
+def test_a_job_may_need_one_that_ended_before(tmp_path):
+    jobs = [
+        Job("after good", partial(add, 1, 1), tmp_path / "log", after="good"),
+        Job("after bad", partial(add, 1, 1), tmp_path / "log", after="bad"),
+    ]
+    found = run_jobs(jobs, processes=1, threads=1, ended={"good": None, "bad": "no such thing"})
+    assert {outcome.job.name: outcome.value or outcome.error for outcome in found} == {
+        "after good": 2,
+        "after bad": "bad failed",
+    }
 
 
 def test_processes_end_with_the_one_that_began_them(tmp_path):

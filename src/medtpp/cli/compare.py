@@ -68,6 +68,10 @@ def compare(
         ),
     ] = None,
     jobs: Annotated[int | None, typer.Option(min=1, help="Processes at once; as many as fit by default.")] = None,
+    cluster: Annotated[
+        Path | None,
+        typer.Option("--cluster", help="YAML file that says what to ask of SLURM; the cells are done there."),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the cells and the time they take.")] = False,
     modality: Modality = None,
     settings: Settings = None,
@@ -82,8 +86,10 @@ def compare(
     """Compare starts of fine-tuning fairly: same split, label draws, heads, batches and steps, over several seeds."""
     experiment = experiment_from(source, settings, unlabelled, modality)
     from medtpp.report import write_report
+    from medtpp.workflow.cluster import load_cluster
     from medtpp.workflow.compare import Axes, hold, measure, open_comparison, run_cells, summarise
 
+    nodes = load_cluster(cluster) if cluster else None
     if out is None and not dry_run:
         raise OutputError("Name an output folder with --out, or look at the plan with --dry-run.")
     axes = Axes(
@@ -103,6 +109,7 @@ def compare(
                 axes,
                 out,
                 jobs=jobs,
+                cluster=nodes,
                 dry_run=dry_run,
                 resume=resume,
                 overwrite=overwrite,
@@ -111,11 +118,12 @@ def compare(
         show_split(comparison.prepared, tpp=bool(comparison.starts))
         _show_foreign(comparison)
         with console.status("measuring steps"):
-            comparison = measure(comparison, out, dry_run=dry_run)
+            comparison = measure(comparison, out, dry_run=dry_run, cluster=nodes)
         _show_plan(comparison, out)
         if dry_run or out is None:
             return
-        _follow(run_cells(comparison, out), len(comparison.missing_cells(out)) + len(comparison.missing_starts(out)))
+        total = len(comparison.missing_cells(out)) + len(comparison.missing_starts(out))
+        _follow(run_cells(comparison, out, nodes), total)
         summary = summarise(comparison, out)
         _show_means(summary)
         _show_differences(summary)

@@ -53,7 +53,10 @@ def load_experiment(source: Path, settings: Sequence[str] = (), unlabelled: Sequ
         ConfigError: All mistakes of the file and the settings, with line numbers.
     """
     is_file = source.suffix.lower() in (".yaml", ".yml")
-    values = _read_yaml(source) if is_file else CommentedMap({"data": CommentedMap({"path": str(source)})})
+    if is_file and not source.is_file():
+        raise ConfigError(f"There is no experiment file {source}. `medtpp init DATA -o {source.name}` writes one.")
+    here = CommentedMap({"data": CommentedMap({"path": str(source)})})
+    values = read_yaml(source, "experiment", "data") if is_file else here
     values = apply_settings(values, settings)
     for name in [name for name, value in values.items() if value is None]:
         del values[name]  # a section of which nothing is left but comments
@@ -128,9 +131,19 @@ def _with_paths(experiment: Experiment, base: Path) -> Experiment:
     )
 
 
-def _read_yaml(path: Path) -> CommentedMap:
+def read_yaml(path: Path, kind: str, field: str) -> CommentedMap:
+    """The fields of a YAML file, with their lines.
+
+    Args:
+        path: The file.
+        kind: What it is, for messages.
+        field: One that it might begin with.
+
+    Raises:
+        ConfigError: There is no such file, or it holds something else.
+    """
     if not path.is_file():
-        raise ConfigError(f"There is no experiment file {path}. `medtpp init DATA -o {path.name}` writes one.")
+        raise ConfigError(f"There is no {kind} file {path}.")
     try:
         values = YAML(typ="rt").load(path.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -138,7 +151,7 @@ def _read_yaml(path: Path) -> CommentedMap:
     except YAMLError as error:
         raise ConfigError(f"{path} is not valid YAML: {_yaml_mistake(error)}.") from error
     if not isinstance(values, CommentedMap):
-        raise ConfigError(f"{path} holds no experiment: it should begin with a field such as `data:`.")
+        raise ConfigError(f"{path} holds no {kind}: it should begin with a field such as `{field}:`.")
     return values
 
 

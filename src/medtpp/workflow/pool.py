@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
@@ -31,12 +31,14 @@ class Job:
         call: The work; it and what it gives are pickled.
         log: File that gets what the work prints.
         after: Name of a job that has to end well first.
+        seconds: What it will take, where that is known.
     """
 
     name: str
     call: Callable[[], Any]
     log: Path
     after: str | None = None
+    seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,9 @@ class Outcome:
     seconds: float = 0.0
 
 
-def run_jobs(jobs: Sequence[Job], *, processes: int, threads: int, gpus: int = 0) -> Iterator[Outcome]:
+def run_jobs(
+    jobs: Sequence[Job], *, processes: int, threads: int, gpus: int = 0, ended: Mapping[str, str | None] | None = None
+) -> Iterator[Outcome]:
     """Do all jobs, the first ones first; gives each as it ends.
 
     Processes live for many jobs. They end with this one, whatever ends it.
@@ -66,9 +70,10 @@ def run_jobs(jobs: Sequence[Job], *, processes: int, threads: int, gpus: int = 0
         processes: How many at once.
         threads: CPU threads of each.
         gpus: Where there are GPUs, each process sees one of them.
+        ended: Jobs that ended before, and why they did not end well, if so.
     """
     waiting = list(jobs)
-    ended: dict[str, str | None] = {}
+    ended = dict(ended or {})
     workers = [_Worker(number, threads, gpus) for number in range(min(processes, len(waiting)))]
     try:
         while waiting or any(worker.job for worker in workers):
@@ -169,12 +174,15 @@ class _Worker:
 
 def _visible_gpu(number: int) -> str:
     allowed = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return allowed.split(",")[number] if allowed else str(number)
+    return allowed.split(",")[number].strip() if allowed else str(number)
 
 
 def _how_it_died(code: int | None) -> str:
     if code == -9:  # SIGKILL, a name that Windows lacks
-        return "the process was killed, as systems do that run out of memory. Fewer at once need less: --jobs 1"
+        return (
+            "the process was killed, as systems do that run out of memory. Fewer at once need less (--jobs 1); on a "
+            "cluster, ask for more (mem_gb)"
+        )
     return f"the process ended with status {code}"
 
 
@@ -194,7 +202,10 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
 
 def _serve(connection: Connection) -> None:
     """A worker's life: jobs, one by one, until the other end closes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl+C is for the parent, which ends its workers
+    # Ctrl+C, and what a cluster sends before it takes a machine away, are for the parent, which ends its workers.
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2"):
+        if number := getattr(signal, name, None):
+            signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     while True:
         try:

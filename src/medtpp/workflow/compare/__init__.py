@@ -6,6 +6,7 @@ OUT/timing.json                       # measured steps
 OUT/tpp/TUNER/seedN/                  # one pretext stage for all label counts of a tuner and seed
 OUT/tpp/TUNER-INIT/                   # the same for controls; of "tpp_labelled" one for each label count
 OUT/cells/TUNER-INIT/LABELS/seedN/    # finetune/, evaluation/, complete.json
+OUT/cluster/                          # with --cluster: what the submissions said
 OUT/logs/                             # what the processes said, and why some failed
 OUT/cells.csv, comparison.json        # the results
 """

@@ -17,6 +17,7 @@ from medtpp.errors import ConfigError, OutputError
 from medtpp.files import MARKER, prepare_folder, read_json, write_json
 from medtpp.training.device import choose_accelerator, choose_precision
 from medtpp.training.stage import number
+from medtpp.workflow.cluster import ClusterOptions
 from medtpp.workflow.compare.plan import Arm, Axes, Cell, Labels, Start, base_experiment, cell_experiment, settled
 from medtpp.workflow.compare.work import Timing
 from medtpp.workflow.prepare import Prepared, PreparedData, arrange, foreign_pool, prepare
@@ -188,6 +189,7 @@ def open_comparison(
     out: Path | None,
     *,
     jobs: int | None = None,
+    cluster: ClusterOptions | None = None,
     dry_run: bool = False,
     resume: bool = False,
     overwrite: bool = False,
@@ -200,6 +202,7 @@ def open_comparison(
         axes: What to compare. A resumed comparison keeps the axes it had, too.
         out: The output folder; a dry run may go without.
         jobs: Processes at once; as many as fit by default.
+        cluster: Where the cells will be done, if not here.
         dry_run: Write nothing. With `out`, what is done there counts.
         resume: Go on with what the folder holds.
         overwrite: Replace what the folder holds.
@@ -209,6 +212,7 @@ def open_comparison(
         MedtppError: As `open_run`; there are too few labelled cases for a label count; or the folder holds a
             comparison of other data, with another metric, margin, precision or accelerator.
     """
+    experiment = experiment if cluster is None else cluster.placed(experiment)
     axes = axes.resolved(experiment)
     if out is not None and not dry_run:
         refuse_folder(out, map(Path, axes.foreign), resume=resume, overwrite=overwrite)
@@ -224,7 +228,7 @@ def open_comparison(
         foreign = foreign_pool(prepared, [Path(path) for path in axes.foreign], progress) if axes.foreign else None
         if out is not None and kept:
             _refuse_other_data(out, _inputs(prepared, foreign))
-        planned.append(_plan(axes, base, prepared, foreign, jobs))
+        planned.append(_plan(axes, base, prepared, foreign, jobs, cluster))
 
     if dry_run or out is None:
         verify(prepare(whole, split_file=out / "split.csv" if out and kept else None, progress=progress))
@@ -236,7 +240,12 @@ def open_comparison(
 
 
 def _plan(
-    axes: Axes, base: Experiment, prepared: Prepared, foreign: PreparedData | None, jobs: int | None
+    axes: Axes,
+    base: Experiment,
+    prepared: Prepared,
+    foreign: PreparedData | None,
+    jobs: int | None,
+    cluster: ClusterOptions | None,
 ) -> Comparison:
     """The comparison on data that were prepared.
 
@@ -254,7 +263,7 @@ def _plan(
             finetune[cell.labels], batch[cell.labels] = number(resolved.steps), number(resolved.batch_size)
     tpp = prepared.experiment.tpp
     budget = Budget(number(tpp.steps) + number(tpp.head_warmup) if tpp.enabled else 0, finetune, batch)
-    machine = share_machine(base, len(tuple(axes.cells(base))), jobs)
+    machine = share_machine(base, len(tuple(axes.cells(base))), jobs, cluster)
     comparison = Comparison(axes, base, prepared, budget, machine, foreign=foreign)
     if "tpp_labelled" in axes.inits and all(cell.arm.init != "tpp_labelled" for cell in comparison.cells):
         raise ConfigError(
@@ -264,8 +273,20 @@ def _plan(
     return comparison
 
 
-def share_machine(experiment: Experiment, cells: int, jobs: int | None = None) -> Machine:
-    """How many processes with how many threads: one per GPU, or one per core, since many small ones are quickest."""
+def share_machine(
+    experiment: Experiment, cells: int, jobs: int | None = None, cluster: ClusterOptions | None = None
+) -> Machine:
+    """How many processes with how many threads: one per GPU, or one per core, since many small ones are quickest.
+
+    A cluster says itself what it gives.
+
+    Raises:
+        ConfigError: The accelerator is not there, or the number of processes is said twice.
+    """
+    if cluster is not None:
+        if jobs is not None:
+            raise ConfigError("--jobs is for this machine. With --cluster, at_once in its file says how many.")
+        return Machine(min(cluster.at_once * cluster.processes, cells), cluster.threads, cluster.gpus)
     accelerator = choose_accelerator(experiment.hardware.accelerator)
     wanted = experiment.hardware.threads
     cores = torch.get_num_threads() if wanted == "auto" else wanted
@@ -278,7 +299,8 @@ def share_machine(experiment: Experiment, cells: int, jobs: int | None = None) -
 def _inputs(prepared: Prepared, foreign: PreparedData | None) -> dict[str, Any]:
     """What the results of cells depend on, beside the experiment: a resumed comparison must have the same."""
     hardware = prepared.experiment.hardware
-    accelerator = choose_accelerator(hardware.accelerator)
+    wanted = hardware.accelerator
+    accelerator = choose_accelerator(wanted) if wanted == "auto" else wanted  # which a cluster has, and this may not
     cases = {name: [case for case in prepared.dataset.cases if prepared.whole_split.get(case.id) == name]
              for name in ("train", "val", "test")}  # fmt: skip
     return {

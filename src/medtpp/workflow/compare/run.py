@@ -1,4 +1,4 @@
-"""The cells of a comparison, measured and done on several processes."""
+"""The cells of a comparison, measured and done on several processes of this machine, or on a cluster."""
 
 from __future__ import annotations
 
@@ -11,17 +11,23 @@ from tempfile import TemporaryDirectory
 
 import psutil
 
+from medtpp.data.cache import ImageCache
 from medtpp.files import read_json, write_json
+from medtpp.workflow.cluster import ClusterOptions, run_on_cluster
 from medtpp.workflow.compare.comparison import Comparison, Machine, log_file
 from medtpp.workflow.compare.plan import Arm, Cell, Start, cell_experiment
 from medtpp.workflow.compare.work import Timing, do_cell, do_random_direction, do_tpp, refuse, time_steps
 from medtpp.workflow.pool import Job, Outcome, run_jobs
+from medtpp.workflow.prepare import PreparedData
 
 _MEMORY_SHARE = 0.8  # of what is free, for all processes together
 _TIMINGS = "timing.json"
+_MEASURING = 60.0  # seconds for one timing, on a cluster
 
 
-def measure(comparison: Comparison, out: Path | None, *, dry_run: bool = False) -> Comparison:
+def measure(
+    comparison: Comparison, out: Path | None, *, dry_run: bool = False, cluster: ClusterOptions | None = None
+) -> Comparison:
     """The same comparison with its steps timed, on as many processes as memory allows.
 
     What was measured before in the folder is taken from there, so that a resumed "longer" has the same steps.
@@ -30,25 +36,42 @@ def measure(comparison: Comparison, out: Path | None, *, dry_run: bool = False) 
         comparison: Opened.
         out: Of the comparison, if there is one.
         dry_run: Write nothing there.
+        cluster: Where the cells will be done, if not here.
+
+    Raises:
+        MedtppError: As `run_on_cluster`.
     """
     known: dict[str, Timing] = {}
     if out is not None and (out / _TIMINGS).is_file():
         known = {name: Timing(**values) for name, values in read_json(out / _TIMINGS).items()}
-    alone = replace(comparison.machine, processes=1)  # once more, for what failed: all at once may need too much memory
-    with TemporaryDirectory(prefix="medtpp-") as scratch:
-        for machine in (comparison.machine, alone):
-            folder = Path(scratch) / str(machine.processes)
-            for outcome in _run(machine, list(_timing_jobs(comparison, machine, known, folder))):
+    whole = comparison.machine if cluster is None else replace(comparison.machine, processes=cluster.processes)
+    alone = replace(whole, processes=1)  # once more, for what failed: all at once may need too much memory
+    shared = None if cluster is None else Path.cwd() if out is None or dry_run else out.parent
+    with TemporaryDirectory(prefix=".medtpp-", dir=shared, ignore_cleanup_errors=True) as scratch:
+        for machine in dict.fromkeys((whole, alone)):
+            folder = Path(scratch).absolute() / str(machine.processes)
+            jobs = list(_timing_jobs(comparison, machine, known, folder))
+            for outcome in _run(comparison, machine, jobs, cluster, folder):
                 if outcome.error is None:
                     known[outcome.job.name.rpartition(" ")[0]] = outcome.value
     if out is not None and not dry_run:
         write_json(out / _TIMINGS, {name: asdict(timing) for name, timing in known.items()})
-    return replace(comparison, timings=known, machine=_within_memory(comparison.machine, known))
+    machine = comparison.machine if cluster else _within_memory(comparison.machine, known)
+    return replace(comparison, timings=known, machine=machine)
 
 
-def run_cells(comparison: Comparison, out: Path) -> Iterator[Outcome]:
-    """Do what is not done yet; gives each start and cell as it ends. A failure is kept beside the log."""
-    for outcome in _run(comparison.machine, list(_jobs(comparison, out))):
+def run_cells(comparison: Comparison, out: Path, cluster: ClusterOptions | None = None) -> Iterator[Outcome]:
+    """Do what is not done yet; gives each start and cell as it ends. A failure is kept beside the log.
+
+    Args:
+        comparison: Measured.
+        out: Its folder.
+        cluster: Where, if not here.
+
+    Raises:
+        MedtppError: As `run_on_cluster`.
+    """
+    for outcome in _run(comparison, comparison.machine, list(_jobs(comparison, out)), cluster, out / "cluster"):
         failure = outcome.job.log.with_suffix(".json")
         if outcome.error is None:
             failure.unlink(missing_ok=True)
@@ -57,8 +80,18 @@ def run_cells(comparison: Comparison, out: Path) -> Iterator[Outcome]:
         yield outcome
 
 
-def _run(machine: Machine, jobs: list[Job]) -> Iterator[Outcome]:
-    return run_jobs(jobs, processes=machine.processes, threads=machine.threads, gpus=machine.gpus)
+def _run(
+    comparison: Comparison, machine: Machine, jobs: list[Job], cluster: ClusterOptions | None, folder: Path
+) -> Iterator[Outcome]:
+    if cluster is None or not jobs:
+        return run_jobs(jobs, processes=machine.processes, threads=machine.threads, gpus=machine.gpus)
+    reads = [_stored(data) for data in (comparison.prepared, comparison.foreign) if data is not None]
+    return run_on_cluster(jobs, cluster, folder, reads=reads)
+
+
+def _stored(data: PreparedData) -> Path:
+    """Where its images lie, for the processes to read."""
+    return data.store.path if isinstance(data.store, ImageCache) else data.store.folder
 
 
 def _timing_jobs(comparison: Comparison, machine: Machine, known: dict[str, Timing], scratch: Path) -> Iterator[Job]:
@@ -76,7 +109,7 @@ def _timing_jobs(comparison: Comparison, machine: Machine, known: dict[str, Timi
         for copy in range(machine.processes):
             folder = scratch / key / str(copy)
             call = functools.partial(time_steps, comparison.prepared, experiment, folder)
-            yield Job(f"{key} {copy}", call, scratch / "output.log")
+            yield Job(f"{key} {copy}", call, scratch / "output.log", seconds=_MEASURING)
 
 
 def _jobs(comparison: Comparison, out: Path) -> Iterator[Job]:
@@ -88,11 +121,13 @@ def _jobs(comparison: Comparison, out: Path) -> Iterator[Job]:
             if start in missing and start not in begun:
                 begun.add(start)
                 folder = start.folder(out)
-                yield Job(start.name, _work_of_start(comparison, start, out), log_file(out, folder), after)
+                work, seconds = _work_of_start(comparison, start, out), comparison.start_seconds(start)
+                yield Job(start.name, work, log_file(out, folder), after, seconds)
             after = start.name if start in missing else None
         folder = cell.folder(out)
         adapter = cell.starts[-1].folder(out) / "adapter" if cell.starts else None
-        yield Job(cell.name, _work(comparison, cell, folder, adapter), log_file(out, folder), after)
+        work = _work(comparison, cell, folder, adapter)
+        yield Job(cell.name, work, log_file(out, folder), after, comparison.seconds(cell))
 
 
 def _work_of_start(comparison: Comparison, start: Start, out: Path) -> Callable[[], object]:
