@@ -84,7 +84,7 @@ def trials(varied: list[str], seeds: int) -> Iterator[Trial]:
 
 
 def main() -> None:
-    """Print each trial as it ends and a table of gains; write all trials with --out."""
+    """Print each trial as it ends and a table of gains; --out gets all trials so far."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("manifest", type=Path)
     parser.add_argument("--tuner", default="lora")
@@ -102,7 +102,7 @@ def main() -> None:
             Job(name, functools.partial(probe, options.manifest, settings, trial, threads), Path(logs) / f"{index}.log")
             for index, (name, trial) in enumerate(planned.items())
         ]
-        rows = []
+        rows: list[dict[str, Any]] = []
         for outcome in run_jobs(jobs, processes=options.jobs, threads=threads):
             trial = planned[outcome.job.name]
             if outcome.error is not None:
@@ -111,13 +111,14 @@ def main() -> None:
             name = "no TPP" if trial.varied is None else trial.varied or "default"
             rows.append({"setting": name, "seed": trial.seed, **outcome.value})
             print(f"{name:32} seed {trial.seed} AUC {outcome.value['auc']:.4f}", flush=True)
+            if options.out:
+                about = {"task": options.manifest.parent.name, "settings": settings}
+                about |= {"per_class": PER_CLASS, "draws": DRAWS, "rows": rows}
+                options.out.write_text(json.dumps(about, indent=1) + "\n")
     base = {row["seed"]: row["auc"] for row in rows if row["setting"] == "no TPP"}
     for name in dict.fromkeys(row["setting"] for row in rows):
         gains = [100 * (row["auc"] - base[row["seed"]]) for row in rows if row["setting"] == name]
         print(f"{name:32} {np.mean(gains):+.2f} points, seeds {' '.join(f'{gain:+.1f}' for gain in gains)}")
-    if options.out:
-        about = {"task": options.manifest.parent.name, "settings": settings, "per_class": PER_CLASS, "draws": DRAWS}
-        options.out.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
