@@ -20,7 +20,7 @@ from pydantic.fields import FieldInfo
 import medtpp
 from medtpp import backbones
 from medtpp.config import BACKBONES, PRETEXTS, TASKS, TUNERS, experiment_schema
-from medtpp.training.tpp import refusal
+from medtpp.training.tpp import AUTO_PRETEXT, refusal
 
 ROOT = Path(__file__).parents[1]
 # Counted at 224 pixels. Only `full` depends on the size, by its positions.
@@ -52,7 +52,8 @@ medtpp run data/ --out runs/prompts --set tuner=vpt_deep --set tuner.prompts=16
 medtpp check data/ --set 'data.exclude=["images/17.png", "*_copy.png"]'
 ```
 
-A tuner's options go with the tuner: naming another one with `--set tuner.name=...` drops the options of the file's.
+A tuner's options go with the tuner: naming another one with `--set tuner.name=...` drops the options of the file's. The
+same holds for pretext tasks.
 """
 
 # What the fields' own descriptions do not say.
@@ -72,7 +73,9 @@ PROSE = {
     "logging": "Every stage writes `log.csv`. MLflow and Weights & Biases need `pip install 'medtpp[mlflow]'` or "
     "`'medtpp[wandb]'`; the latter sends what it logs to its server.",
     "tuner": "One of the following, chosen by `name`.",
-    "pretext": "One of the following, chosen by `name`.",
+    "pretext": "One of the following, chosen by `name`. `auto`, the default, follows what the backbone was pre-trained "
+    f"for: {AUTO_PRETEXT} Options that are given without a name go to the task that it chooses. The choice is shown, "
+    "and written into the run's `experiment.yaml`. See [TPP](tpp.md#which-pretext-task).",
     "task": "One of the following, chosen by `name`. `auto`, the default, is segmentation where there are masks and no "
     "labels, and classification where there are labels and no masks. See [masks and volumes](segmentation.md).",
 }

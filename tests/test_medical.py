@@ -109,7 +109,7 @@ def test_a_local_file(name, network, tmp_path):
     spec = backbone.spec
     assert (spec.mean, spec.std) == (CLIP if name == "biomedclip" else IMAGENET)
     assert (spec.pooling, spec.family, spec.architecture) == ("cls", "medical", name)
-    assert spec.objective == ("unknown" if name == "biomedclip" else "features")
+    assert spec.objective == ("language" if name == "biomedclip" else "features")
     assert spec.prefix == {"uni2_h": 9, "virchow2": 5}.get(name, 1)
     larger = load(name, tmp_path / "pytorch_model.bin", image_size=spec.image_size[0] * 2)
     assert larger.spec.sha256 == spec.sha256

@@ -100,8 +100,8 @@ def test_what_is_read_off_a_network(kind):
         "giant": (1, "cls", "features"),
         "registers": (5, "cls", "features"),
         "dinov3": (3, "cls", "features"),
-        "siglip": (0, "mean", "unknown"),
-        "clip": (1, "cls", "unknown"),
+        "siglip": (0, "mean", "language"),
+        "clip": (1, "cls", "language"),
     }
     assert (spec.prefix, spec.pooling, spec.objective) == expected[kind]
     assert (spec.width, spec.depth, spec.channels, spec.dims) == (WIDTH, DEPTH, 3, 2)

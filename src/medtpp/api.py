@@ -27,6 +27,7 @@ from medtpp.config import (
     TASKS,
     TUNERS,
     AugmentOptions,
+    AutoPretext,
     FinetuneOptions,
     Modality,
     Options,
@@ -48,7 +49,7 @@ from medtpp.training.device import choose_precision, mixed, quiet_fabric
 from medtpp.training.finetune import SupervisedModule, first_losses, resolve_finetune
 from medtpp.training.loop import Group, Hooks, fit
 from medtpp.training.stage import PretextModule, number, schedule_of, target_groups, tuner_groups, warm_up_heads
-from medtpp.training.tpp import make_pretext, natural_pretext, require_batches, require_pair, resolve_tpp
+from medtpp.training.tpp import make_pretext, require_batches, require_pair, resolve_pretext, resolve_tpp
 from medtpp.tuners import TunedBackbone
 
 Adapters = Adapter | Sequence[Adapter]
@@ -100,9 +101,9 @@ def tpp(
         images: A tensor (N, C, H, W) or (N, C, D, H, W), a Dataset or a DataLoader; items and batches may be tuples or
             dicts, of which the first image-like tensor is taken. Floating point, as the model's own forward takes them
             (normalised); in [0, 1] for a model that `medtpp.attach` gave.
-        pretext: Name of the pretext task, or its options: {"name": "mae", "mask_ratio": 0.6}. "auto": mae where tokens
-            can be dropped, simmim where they can be masked alone, restoration where there is a grid of features with
-            steps of at most 16 pixels, byol for all else.
+        pretext: Name of the pretext task, or its options: {"name": "mae", "mask_ratio": 0.6}. "auto": where tokens can
+            be dropped mae, or features for a backbone of DINO's or CLIP's kind; simmim where they can be masked alone,
+            restoration where there is a grid of features with steps of at most 16 pixels, byol for all else.
         features: Name of a module, as "encoder.layer4", whose output is taken for features in place of what medtpp
             would find; "" for the output of the whole model.
         seed: Of all draws.
@@ -132,9 +133,9 @@ def tpp(
             backbone = model
         else:
             raise ConfigError("features names a module in a model of your own; a medtpp backbone has its features.")
-        if wish["name"] == "auto":
-            wish["name"] = natural_pretext(backbone.spec)
-        pretext_options = _options(PRETEXTS.get(str(wish["name"])).Options, wish)
+        tuner = model.tuner.name if isinstance(model, TunedBackbone) else None
+        kind = AutoPretext if wish["name"] == "auto" else PRETEXTS.get(str(wish["name"])).Options
+        pretext_options = resolve_pretext(_options(kind, wish), backbone.spec, tuner)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in wanted)
         if isinstance(model, TunedBackbone):
@@ -366,7 +367,7 @@ def _options(kind: type[O], values: Mapping[str, Any]) -> O:
     try:
         return kind(**values)
     except ValidationError as error:
-        found = {(str(item["loc"][0]), item["msg"]) for item in error.errors()}
+        found = {(str((*item["loc"], "options")[0]), item["msg"]) for item in error.errors()}
         problems = [f"{name}: {message[0].lower()}{message[1:]}" for name, message in sorted(found)]
         raise ConfigError(
             f"There are mistakes in the options; known are {', '.join(kind.model_fields)}:", problems

@@ -6,11 +6,12 @@ one pydantic model, so that a new method's options are checked and documented wi
 
 from __future__ import annotations
 
+import difflib
 import functools
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, Union
 
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, create_model, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, ValidationError, create_model, model_validator
 
 from medtpp.registry import Registry
 
@@ -256,6 +257,41 @@ class LoggingOptions(Options):
     wandb: bool = Field(False, description="to the project medtpp of Weights & Biases")
 
 
+class AutoPretext(MethodOptions):
+    """The pretext task that suits the backbone. Options of pretext tasks are kept for the one that is chosen.
+
+    Raises:
+        ValueError: No pretext task has such an option, or none takes its value.
+    """
+
+    model_config = ConfigDict(extra="allow")
+
+    name: Literal["auto"] = Field("auto", description="auto: what the backbone was pre-trained for decides")
+
+    @model_validator(mode="after")
+    def _some_task_takes_each(self) -> Self:
+        for name, value in (self.model_extra or {}).items():
+            owners = {task: entry.Options for task, entry in PRETEXTS.items() if name in entry.Options.model_fields}
+            if not owners:
+                known = sorted({field for _, entry in PRETEXTS.items() for field in entry.Options.model_fields})
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+                raise ValueError(f"no pretext task has an option {name}; {hint}")
+            found = [_mistake_in(options, {name: value}) for options in owners.values()]
+            if all(found):
+                raise ValueError(f"{name} of {', '.join(owners)}: {found[0]}")
+        return self
+
+
+def _mistake_in(options: type[MethodOptions], values: dict[str, Any]) -> str | None:
+    try:
+        options.model_validate(values)
+    except ValidationError as error:
+        message: str = error.errors()[0]["msg"]
+        return message[0].lower() + message[1:]
+    return None
+
+
 class AutoTask(MethodOptions):
     """The task that the data set is made for."""
 
@@ -305,7 +341,7 @@ def experiment_schema() -> type[Experiment]:
         "Experiment",
         __base__=Experiment,
         tuner=_methods(TUNERS, "lora"),
-        pretext=_methods(PRETEXTS, "mae"),
+        pretext=_methods(PRETEXTS, AutoPretext),
         task=_methods(TASKS, AutoTask),
     )
     return model

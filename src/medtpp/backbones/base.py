@@ -59,7 +59,8 @@ class Spec:
         depth: Number of blocks, of a pyramid number of stages: what can be tapped.
         prefix: Class and register tokens before the patch tokens.
         pooling: What the network was trained with: "mean" or "cls".
-        objective: What it was pre-trained for: "pixels" (MAE), "features" (DINO), "supervised" or "unknown".
+        objective: What it was pre-trained for: "pixels" (MAE), "features" (DINO), "language" (CLIP), "supervised" or
+            "unknown".
         capabilities: Of `CAPABILITIES`.
         source: Where the weights come from.
         sha256: Hash of the weights before any resampling of positions or patches.

@@ -68,7 +68,7 @@ NETWORKS = {
         "vit_base_patch16_224",
         "microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224",
         file="open_clip_pytorch_model.bin",
-        objective="unknown",
+        objective="language",
         mean=OPENAI_CLIP_MEAN,
         std=OPENAI_CLIP_STD,
     ),

@@ -15,6 +15,15 @@ from medtpp.errors import ConfigError
 from medtpp.seeds import Seeds
 
 log = logging.getLogger(__name__)
+# What words in names tell, the first that is found: weights that were tuned to labels in the end are of these.
+_OBJECTIVES = (
+    ("supervised", ("_ft_in",)),
+    ("pixels", ("mae",)),
+    ("features", ("features", "dino", "ibot", "moco", "jepa", "byol", "simclr", "swav", "eupe", "mim_")),
+    ("features", ("mahmoodlab/uni", "virchow", "phikon", "gigapath", "h-optimus", "hibou", "kaiko", "lunit")),
+    ("language", ("clip", "siglip", "mahmoodlab/conch")),
+    ("supervised", ("in1k", "in12k", "in21k", "in22k")),
+)
 
 
 def create_network(name: str, arguments: dict[str, Any]) -> nn.Module:
@@ -77,11 +86,10 @@ def warn_without_tag(name: str, cfg: Any) -> None:
         )
 
 
-def objective_of(tag: str) -> str:
-    """What a network was pre-trained for, by its name and tag."""
-    tag = tag.lower()
-    if "mae" in tag:
-        return "pixels"
-    if any(word in tag for word in ("dino", "moco", "jepa")):
-        return "features"
-    return "supervised" if any(word in tag for word in ("in1k", "in21k", "in22k")) else "unknown"
+def objective_of(name: str) -> str:
+    """What a network was pre-trained for, as in `Spec`, by its name and tag, its class, or its pretext task."""
+    name = name.lower()
+    for objective, words in _OBJECTIVES:
+        if any(word in name for word in words):
+            return objective
+    return "unknown"

@@ -150,6 +150,7 @@ class TransformersFamily:
                 f"your own go into a folder, with `save_pretrained`: --set backbone.name={PREFIX}FOLDER."
             )
         name, random = options.name.removeprefix(PREFIX), options.weights == "random"
+        local = Path(name).expanduser().is_dir()
         folder = fetch(name, options.revision, "config.json", "*processor_config.json")
         network = make_random(folder) if random else load_pretrained(name, options.revision)
         encoder = getattr(network, "vit", network)
@@ -163,10 +164,10 @@ class TransformersFamily:
         backbone = wrap_transformers(
             encoder,
             options.name,
-            type(encoder).__name__ if Path(name).expanduser().is_dir() else name,
+            type(encoder).__name__ if local else name,
             "random" if random else f"{options.name}{revision}",
             hash_state(encoder.state_dict()),
-            objective="unknown" if random else _objective(encoder, name),
+            objective="unknown" if random else _objective(encoder, Path(name).name if local else name),
             image_size=image_size,
             normalisation=normalisation(folder),
         )
@@ -273,5 +274,5 @@ def _class_token(embeddings: Any) -> Tensor | None:
 
 def _objective(encoder: Any, name: str) -> str:
     """What a network was pre-trained for, by its class, or by its name where the class does not tell."""
-    kind = type(encoder).__name__
-    return "pixels" if "MAE" in kind else "features" if "dino" in kind.lower() else objective_of(name)
+    own = objective_of(type(encoder).__name__)
+    return own if own != "unknown" else objective_of(name)

@@ -80,10 +80,12 @@ def show_problems(problems: Sequence[Problem]) -> None:
 
 
 def show_split(prepared: Prepared, *, tpp: bool) -> None:
-    """How the cases were divided, with TPP also what it sees, and warnings."""
+    """How the cases were divided, with TPP also what it sees and learns from it, and warnings."""
     sizes = {name: len(prepared.cases(name)) for name in ("train", "val", "test")}
     parts = ", ".join(f"{name} {size}" for name, size in sizes.items())
     console.print(f"[bold]split[/bold]     {parts}" + (f"; TPP sees {len(prepared.tpp)} images" if tpp else ""))
+    if tpp:
+        console.print(f"[bold]pretext[/bold]   {prepared.experiment.pretext.name}")
     if tpp and prepared.excluded:
         console.print(
             f"[yellow]note:[/yellow] {len(prepared.excluded)} unlabelled images are left out of TPP: they are "

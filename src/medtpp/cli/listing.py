@@ -74,6 +74,7 @@ def _list_kinds() -> None:
     """Tuners and pretext tasks by kinds of backbones, with what is lacking."""
     from medtpp import backbones
     from medtpp.config import PRETEXTS, TUNERS
+    from medtpp.training.tpp import AUTO_PRETEXT
 
     kinds = backbones.kinds()
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 1, 0, 0))
@@ -83,6 +84,7 @@ def _list_kinds() -> None:
         fits = ["yes" if method.needs <= capabilities else "-" for capabilities in kinds.values()]
         table.add_row(name, *fits, backbones.describe_lacking(method.needs, frozenset({"dense", "masks"})))
     console.print(table)
+    console.print(f"\npretext=auto, the default: {AUTO_PRETEXT}", highlight=False)
 
 
 def _brief(field: FieldInfo) -> str:

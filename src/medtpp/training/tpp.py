@@ -12,12 +12,14 @@ from pathlib import Path
 
 import torch
 from lightning.fabric import Fabric
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 from torch import Tensor
 from torch.nn import functional as F
 
 from medtpp import backbones, tuners
 from medtpp.adapter import TPPCard, new_card, save_adapter
-from medtpp.config import PRETEXTS, TUNERS, Experiment, MethodOptions, TPPOptions
+from medtpp.config import PRETEXTS, TUNERS, AutoPretext, Experiment, MethodOptions, TPPOptions
 from medtpp.data.fingerprints import Fingerprints
 from medtpp.data.preprocess import Preprocessing
 from medtpp.data.volume_preprocess import VolumePreprocessing
@@ -44,6 +46,11 @@ from medtpp.training.stage import (
 )
 
 TOKENS = 12_544  # in a batch: 64 images of 14 x 14 patches
+# What `natural_pretext` does, in words for lists.
+AUTO_PRETEXT = (
+    "where backbone and tuner can do without some tokens, features for backbones like DINO or CLIP and mae for all "
+    "others; else simmim where patches can be masked; else restoration on fine grids; else byol."
+)
 COARSE = 16  # pixels per step; of a coarser map, a linear layer that restores the image would outgrow the network
 
 
@@ -210,13 +217,46 @@ def require_pair(tuner: str, pretext: Pretext) -> None:
         )
 
 
-def natural_pretext(spec: backbones.Spec) -> str:
-    """The name of the pretext task that uses most of what a backbone can do."""
-    if "drops_tokens" in spec.capabilities:
-        return "mae"
+def natural_pretext(spec: backbones.Spec, tuner: str | None = None) -> str:
+    """The name of the pretext task that follows a backbone's own objective, and uses most of what it can do.
+
+    A loss on pixels can damage features that were not made from them: those of DINO and of CLIP are predicted instead.
+
+    Args:
+        spec: Of the backbone.
+        tuner: Name of the tuner, which may need all patches.
+    """
+    drops = "drops_tokens" in spec.capabilities and not (tuner and TUNERS.get(tuner).needs_grid)
+    if drops:
+        return "features" if spec.objective in ("features", "language") else "mae"
     if "masks" in spec.capabilities and math.prod(spec.grid) > 1:
         return "simmim"
     return "restoration" if "dense" in spec.capabilities and max(spec.patch) <= COARSE else "byol"
+
+
+def resolve_pretext(options: MethodOptions, spec: backbones.Spec, tuner: str | None = None) -> MethodOptions:
+    """Answer `auto` by `natural_pretext`, with the options that came with it; a named task stays as it is.
+
+    Raises:
+        ConfigError: The task that is chosen does not take these options.
+    """
+    if not isinstance(options, AutoPretext):
+        return options
+    name = natural_pretext(spec, tuner)
+    kind: type[MethodOptions] = PRETEXTS.get(name).Options
+    try:
+        return kind(name=name, **options.model_extra or {})
+    except ValidationError as error:
+        known = ", ".join(field for field in kind.model_fields if field != "name") or "none"
+        raise ConfigError(
+            f"pretext is auto, which for {spec.name} is {name}. Its options are {known}. Change them, or name another "
+            "task: --set pretext.name=NAME. What does not fit:",
+            [f"pretext.{item['loc'][0]}: {_reason(item)}" for item in error.errors()],
+        ) from error
+
+
+def _reason(error: ErrorDetails) -> str:
+    return "there is no such option" if error["type"] == "extra_forbidden" else error["msg"]
 
 
 def make_pretext(options: MethodOptions, backbone: backbones.Backbone, seeds: Seeds) -> tuple[Pretext, bool]:

@@ -30,6 +30,7 @@ from medtpp.config import (
     TASKS,
     TUNERS,
     AugmentOptions,
+    AutoPretext,
     HardwareOptions,
     LoggingOptions,
     MethodOptions,
@@ -45,7 +46,7 @@ from medtpp.training.loop import Group, Hooks, Schedule, Stream, fit
 from medtpp.training.memory import PeakMemory, give_back_at_once
 from medtpp.training.resume import Record
 from medtpp.training.stage import PretextModule, count_parameters, tuner_groups
-from medtpp.training.tpp import make_pretext, refusal
+from medtpp.training.tpp import make_pretext, resolve_pretext
 
 SKIPPED = 2  # steps before the clock starts: first allocations, and the checks that `fit` makes in them
 TIMED = 3
@@ -309,11 +310,7 @@ def _measured(figure: Callable[..., float], setup: Setup, name: str, stage: Stag
 
 
 def _pretext(tuner: str, backbone: Backbone) -> MethodOptions:
-    """MAE, or SimMIM where the tuner or the backbone needs all patches."""
-    needs = PRETEXTS.get("mae").needs
-    fits = refusal(tuner, needs) is None and needs <= backbone.spec.capabilities
-    options: MethodOptions = PRETEXTS.get("mae" if fits else "simmim").Options()
-    return options
+    return resolve_pretext(AutoPretext(), backbone.spec, tuner)
 
 
 def _hardware(setup: Setup) -> HardwareOptions:

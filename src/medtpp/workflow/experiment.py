@@ -19,7 +19,7 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from medtpp.backbones.folder import EMBEDDED
 from medtpp.backbones.transformers_weights import PREFIX
-from medtpp.config import PRETEXTS, TASKS, TUNERS, Experiment, experiment_schema
+from medtpp.config import PRETEXTS, TASKS, TUNERS, AutoPretext, Experiment, experiment_schema
 from medtpp.data.download import is_name
 from medtpp.errors import ConfigError
 from medtpp.files import write_text
@@ -311,7 +311,9 @@ def write_experiment(path: Path, experiment: Experiment) -> None:
     yaml = YAML(typ="rt")
     yaml.width = 4096
     yaml.indent(mapping=2, sequence=4, offset=2)
-    yaml.dump(_commented(experiment), stream)
+    node = _commented(experiment)
+    node["pretext"].yaml_add_eol_comment(AutoPretext.model_fields["name"].description, "name", column=0)
+    yaml.dump(node, stream)
     write_text(path, "# A medtpp experiment. Run it with: medtpp run THIS_FILE --out runs/NAME\n" + stream.getvalue())
 
 
@@ -322,6 +324,8 @@ def _commented(model: BaseModel) -> CommentedMap:
         node[name] = _commented(value) if isinstance(value, BaseModel) else _plain(value)
         if field.description:
             node.yaml_add_eol_comment(field.description, name, column=0)
+    for name, value in (model.model_extra or {}).items():
+        node[name] = _plain(value)
     return node
 
 

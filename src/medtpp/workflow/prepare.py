@@ -23,7 +23,14 @@ from medtpp.seeds import Seeds
 from medtpp.training.dense import require_decoder
 from medtpp.training.finetune import resolve_finetune
 from medtpp.training.stage import StageData, augmenter_of
-from medtpp.training.tpp import make_pretext, require_batches, require_pair, require_targets, resolve_tpp
+from medtpp.training.tpp import (
+    make_pretext,
+    require_batches,
+    require_pair,
+    require_targets,
+    resolve_pretext,
+    resolve_tpp,
+)
 from medtpp.workflow.images import are_photographs, scan, store_more, store_photographs, store_volumes, with_task
 
 
@@ -255,10 +262,11 @@ def _resolve(
         update |= {"image_size": preprocessing.image_size, "channels": preprocessing.channels}
     devices, spec = experiment.hardware.devices, backbone.spec
     rate, tpp = TUNERS.get(experiment.tuner.name).learning_rate, experiment.tpp
+    chosen = resolve_pretext(experiment.pretext, spec, experiment.tuner.name)
     if tpp.enabled:
         require_targets(experiment)
         require_decoder(experiment)
-        pretext, trained_head = make_pretext(experiment.pretext, backbone, Seeds(experiment.seed))
+        pretext, trained_head = make_pretext(chosen, backbone, Seeds(experiment.seed))
         tpp = resolve_tpp(tpp, images=seen, learning_rate=rate, spec=spec, trained_head=trained_head, devices=devices)
         require_batches(pretext, tpp)
         require_pair(experiment.tuner.name, pretext)
@@ -267,4 +275,4 @@ def _resolve(
         experiment.finetune, cases=train, learning_rate=rate, spec=spec, masks=masks, devices=devices
     )
     data = experiment.data.model_copy(update=update)
-    return experiment.model_copy(update={"data": data, "tpp": tpp, "finetune": finetune})
+    return experiment.model_copy(update={"data": data, "pretext": chosen, "tpp": tpp, "finetune": finetune})

@@ -301,7 +301,8 @@ def base_experiment(experiment: Experiment, axes: Axes) -> Experiment:
 def settled(base: Experiment, prepared: Experiment) -> Experiment:
     """A base experiment with all that the data decide for every cell alike: the task, the backbone, how scans are made.
 
-    The budget of TPP is among it: on fewer or other images, too, it has the same number of steps and images per step.
+    The pretext task is among it, and the budget of TPP: on fewer or other images, too, it has the same number of steps
+    and images per step.
 
     Args:
         base: From `base_experiment`.
@@ -311,7 +312,8 @@ def settled(base: Experiment, prepared: Experiment) -> Experiment:
     data = base.data.model_copy(update=found)
     budget = {name: getattr(prepared.tpp, name) for name in ("steps", "batch_size", "head_warmup")}
     tpp = base.tpp.model_copy(update=budget)
-    return base.model_copy(update={"task": prepared.task, "backbone": prepared.backbone, "data": data, "tpp": tpp})
+    same = {name: getattr(prepared, name) for name in ("task", "backbone", "pretext")}
+    return base.model_copy(update={**same, "data": data, "tpp": tpp})
 
 
 def cell_experiment(
