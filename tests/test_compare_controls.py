@@ -341,4 +341,4 @@ def test_sentences_name_the_control(init, said):
     estimate = Estimate(0.02, 0.01, 0.03, 0.0)
     gap = Difference(estimate, estimate, 0.01, dict.fromkeys(range(6), 0.02))
     measure = Measure("auc", "AUC", "", 0.005)
-    assert said in sentence("lora", Arm("lora", init), "5", gap, "helps", measure)
+    assert said in sentence(Arm("lora", "tpp"), Arm("lora", init), "5", gap, "helps", measure)

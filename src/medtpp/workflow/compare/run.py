@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,7 +20,9 @@ _MEMORY_SHARE = 0.8  # of what is free, for all processes together
 _TIMINGS = "timing.json"
 
 
-def measure(comparison: Comparison, out: Path | None, *, dry_run: bool = False) -> Comparison:
+def measure(
+    comparison: Comparison, out: Path | None, *, dry_run: bool = False, known: Mapping[str, Timing] | None = None
+) -> Comparison:
     """The same comparison with its steps timed, on as many processes as memory allows.
 
     What was measured before in the folder is taken from there, so that a resumed "longer" has the same steps.
@@ -30,10 +31,11 @@ def measure(comparison: Comparison, out: Path | None, *, dry_run: bool = False) 
         comparison: Opened.
         out: Of the comparison, if there is one.
         dry_run: Write nothing there.
+        known: Timings of a comparison of the same data and backbone, not to be measured again.
     """
-    known: dict[str, Timing] = {}
+    known = dict(known or {})
     if out is not None and (out / _TIMINGS).is_file():
-        known = {name: Timing(**values) for name, values in read_json(out / _TIMINGS).items()}
+        known |= {name: Timing(**values) for name, values in read_json(out / _TIMINGS).items()}
     alone = replace(comparison.machine, processes=1)  # once more, for what failed: all at once may need too much memory
     with TemporaryDirectory(prefix="medtpp-") as scratch:
         for machine in (comparison.machine, alone):
@@ -48,12 +50,29 @@ def measure(comparison: Comparison, out: Path | None, *, dry_run: bool = False) 
 
 def run_cells(comparison: Comparison, out: Path) -> Iterator[Outcome]:
     """Do what is not done yet; gives each start and cell as it ends. A failure is kept beside the log."""
-    for outcome in _run(comparison.machine, list(_jobs(comparison, out))):
+    return run_together({"": (comparison, out)}, comparison.machine)
+
+
+def run_together(comparisons: Mapping[str, tuple[Comparison, Path]], machine: Machine) -> Iterator[Outcome]:
+    """Do what is not done yet of several comparisons on one set of processes; else as `run_cells`.
+
+    Args:
+        comparisons: With their folders, by what is put before the names of their jobs.
+        machine: For all.
+    """
+    jobs: list[Job] = []
+    names: dict[str, str] = {}
+    for prefix, (comparison, out) in comparisons.items():
+        for job in _jobs(comparison, out):
+            after = None if job.after is None else prefix + job.after
+            jobs.append(replace(job, name=prefix + job.name, after=after))
+            names[jobs[-1].name] = job.name
+    for outcome in _run(machine, jobs):
         failure = outcome.job.log.with_suffix(".json")
         if outcome.error is None:
             failure.unlink(missing_ok=True)
         else:
-            write_json(failure, {"name": outcome.job.name, "reason": outcome.error})
+            write_json(failure, {"name": names[outcome.job.name], "reason": outcome.error})
         yield outcome
 
 
@@ -62,14 +81,20 @@ def _run(machine: Machine, jobs: list[Job]) -> Iterator[Outcome]:
 
 
 def _timing_jobs(comparison: Comparison, machine: Machine, known: dict[str, Timing], scratch: Path) -> Iterator[Job]:
-    """Each tuner at each batch size on every process at once, for they share caches and memory bandwidth."""
+    """Each tuner at each batch size on every process at once, for they share caches and memory bandwidth.
+
+    Further pretext tasks are measured at one label count alone, since fine-tuning costs the same after each of them.
+    """
     begun = set(known)
-    for tuner, labels in itertools.product(dict.fromkeys(arm.tuner for arm in comparison.arms), comparison.labels):
-        key = comparison.timing_key(tuner, labels)
+    tuners = dict.fromkeys(arm.tuner for arm in comparison.arms)
+    wanted = [(Arm(tuner, "tpp"), labels) for tuner in tuners for labels in comparison.labels]
+    wanted += [(arm, comparison.labels[0]) for arm in comparison.arms if arm.init == "tpp" and arm.pretext]
+    for pretext, labels in wanted:
+        tuner = pretext.tuner
+        key = comparison.timing_key(tuner, labels, pretext.pretext)
         if key in begun:
             continue
         begun.add(key)
-        pretext = Arm(tuner, "tpp")
         arm = pretext if pretext in comparison.arms else Arm(tuner, "standard")
         cell = Cell(arm, labels, comparison.base.seed)
         experiment = cell_experiment(comparison.base, cell, threads=machine.threads)
