@@ -218,11 +218,8 @@ def _finetune_plots(comparison: Comparison) -> list[Plot]:
             if bands:
                 ends = ", ".join(f"{look.name} {band.mean[-1]:.3f}" for look, band in bands.items())
                 svg = figures.bands_figure(bands, f"finetune{len(plots)}", "fine-tuning loss")
-                plots.append(
-                    Plot(
-                        f"{_without_init(arm)}, {_labels(file, labels)}", svg, f"Fine-tuning loss, at the end: {ends}."
-                    )
-                )
+                title = f"{_without_init(arm)}, {_labels(file, labels)}"
+                plots.append(Plot(title, svg, f"Fine-tuning loss, at the end: {ends}."))
     return plots
 
 

@@ -337,3 +337,31 @@ class ComparisonFile(FileModel):
     def digits(self) -> int:
         """How many digits of the metric are worth showing: those of a hundredth of a mm, or a tenth of a point."""
         return 2 if self.metric_unit else 3
+
+
+class StudyPartFile(FileModel):
+    """A comparison of a study; "" where the study has no such axis. The folder is relative to the study's."""
+
+    dataset: str
+    backbone: str = ""
+    fold: str = ""
+    site: str = ""
+    folder: str
+
+
+class StudyFailedFile(FileModel):
+    """A cell of a study that failed, or a whole comparison, which has no cell."""
+
+    part: str
+    cell: str = ""
+    reason: str
+
+
+class StudyFile(FileModel):
+    """study.json, which `medtpp compare` writes of several comparisons."""
+
+    schema_version: Literal[1] = Field(alias="schema")
+    levels: list[str]
+    axes: dict[str, dict[str, Any]]
+    parts: list[StudyPartFile]
+    failed: list[StudyFailedFile] = []

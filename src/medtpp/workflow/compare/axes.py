@@ -15,6 +15,7 @@ from medtpp.evaluation.segmentation_table import METRICS as OF_MASKS
 from medtpp.workflow.compare.plan import CONTROLS, PRIMED, REFERENCES, STARTS, Arm, Cell, Extra, Init, Labels
 
 AUTO = "auto"  # the metric that suits the task
+METRICS = (*OVERALL, *OF_MASKS)
 MARGINS = {"dice": 0.01, "nsd": 0.01, "hd95": 0.5}  # HD95 in mm, or in pixels where the spacing is unknown
 MARGIN = 0.005  # of the others: half a point
 
@@ -58,7 +59,7 @@ class Axes:
                 ("pretext", self.pretexts, tuple(PRETEXTS.names())),
                 ("init", self.inits, ("standard", *PRIMED, *STARTS)),
                 ("arm", self.extras, get_args(Extra)),
-                ("metric", (self.metric,), (AUTO, *OVERALL, *OF_MASKS)),
+                ("metric", (self.metric,), (AUTO, *METRICS)),
             )
             for name in names
             if name not in known
