@@ -66,26 +66,33 @@ def _show_plan(study: OpenStudy) -> None:
         table.add_column(names[name], overflow="fold", no_wrap=name == "dataset" and len(grid.members) > 1)
     for title in ("cases", "cells", "TPP runs", "estimate"):
         table.add_column(title, justify="right", no_wrap=True)
-    cells_left = runs_left = 0
-    seconds_left = 0.0
+    left, without = [0, 0], [0, 0]  # cells and runs of TPP, with and without their data
+    seconds_left, unknown = 0.0, False
     for one in study.parts:
-        cells, runs = one.counts(study.folder(one))
-        cells_left, runs_left = cells_left + cells, runs_left + runs
-        seconds = study.seconds_left(one)
-        seconds_left += seconds or 0.0
+        counts, seconds = one.counts(study.folder(one)), study.seconds_left(one)
+        total = without if one.comparison is None else left
+        total[:] = total[0] + counts[0], total[1] + counts[1]
         cases = "?" if one.comparison is None else f"{len(one.comparison.prepared.whole_split):,}"
-        unknown = "missing" if one.missing else "failed" if one.failed else "?"
-        time = unknown if seconds is None else duration(seconds)
-        table.add_row(*(str(getattr(one.part, name)) for name in shown), cases, str(cells), str(runs), time)
+        if one.comparison is None:
+            time = "missing" if one.missing else "failed"
+        elif not counts[0]:
+            time = "done"
+        else:
+            time = "?" if seconds is None else duration(seconds)
+            seconds_left, unknown = seconds_left + (seconds or 0.0), unknown or seconds is None
+        table.add_row(*(str(getattr(one.part, name)) for name in shown), cases, *map(str, counts), time)
     console.print(table, markup=False)
-    machine, some = study.machine, any(study.seconds_left(one) is None for one in study.parts)
-    console.print(
-        f"[bold]to do[/bold]     {cells_left} cells and {runs_left} runs of TPP, "
-        f"processes {machine.processes}, threads {machine.threads} each\n"
-        f"[bold]estimate[/bold]  {duration(seconds_left)}{', without what is missing' if some else ''}"
-    )
+    machine = study.machine
+    if study.comparisons:
+        console.print(
+            f"[bold]to do[/bold]     {left[0]} cells and {left[1]} runs of TPP, "
+            f"processes {machine.processes}, threads {machine.threads} each\n"
+            f"[bold]estimate[/bold]  {duration(seconds_left)}{' and what is not known' if unknown else ''}"
+        )
+    if any(without):
+        console.print(f"[bold]not now[/bold]   {without[0]} cells and {without[1]} runs without their data")
     for reason in dict.fromkeys(one.missing for one in study.parts if one.missing):
-        errors.print(reason, markup=False, soft_wrap=True)
+        console.print(reason, markup=False, soft_wrap=True)
     for one in study.parts:
         if one.failed:
             errors.print(f"{one.title}: {one.failed}", markup=False, soft_wrap=True)

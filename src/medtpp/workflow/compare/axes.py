@@ -16,6 +16,7 @@ from medtpp.workflow.compare.plan import CONTROLS, PRIMED, REFERENCES, STARTS, A
 
 AUTO = "auto"  # the metric that suits the task
 METRICS = (*OVERALL, *OF_MASKS)
+INITS = ("standard", *PRIMED, *STARTS)
 MARGINS = {"dice": 0.01, "nsd": 0.01, "hd95": 0.5}  # HD95 in mm, or in pixels where the spacing is unknown
 MARGIN = 0.005  # of the others: half a point
 
@@ -57,7 +58,7 @@ class Axes:
             for what, names, known in (
                 ("tuner", self.tuners, tuple(TUNERS.names())),
                 ("pretext", self.pretexts, tuple(PRETEXTS.names())),
-                ("init", self.inits, ("standard", *PRIMED, *STARTS)),
+                ("init", self.inits, INITS),
                 ("arm", self.extras, get_args(Extra)),
                 ("metric", (self.metric,), (AUTO, *METRICS)),
             )

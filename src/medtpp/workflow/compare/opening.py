@@ -29,6 +29,7 @@ from medtpp.workflow.run import content, keep_run, read_run
 from medtpp.workflow.steps import refuse_folder
 
 Progress = Callable[[int, int], None]
+STUDY = "study.json"
 _AXES, _INPUTS = "axes.json", "inputs.json"
 _FOREIGN, _HELD_OUT = "foreign images", "test cases are"
 
@@ -97,6 +98,8 @@ def read_comparison(
         MedtppError: As `open_comparison`.
     """
     axes = axes.resolved(experiment)
+    if out is not None and (out / STUDY).is_file():
+        raise OutputError(f"{out} holds a study, whose comparisons lie in folders of it. Name another output folder.")
     if out is not None and not dry_run:
         refuse_folder(out, map(Path, axes.foreign), resume=resume, overwrite=overwrite)
     kept = out is not None and not overwrite and (out / _AXES).is_file()
@@ -117,6 +120,11 @@ def read_comparison(
     if out is not None and kept:
         _refuse_other_data(out, _inputs(comparison))
     return comparison
+
+
+def is_comparison(out: Path) -> bool:
+    """Whether a folder is that of a comparison."""
+    return (out / _AXES).is_file()
 
 
 def keep_comparison(comparison: Comparison, out: Path, *, overwrite: bool = False) -> None:

@@ -20,11 +20,11 @@ from medtpp.report import write_report
 from medtpp.report.schema import StudyFailedFile, StudyFile
 from medtpp.workflow.compare.axes import Axes
 from medtpp.workflow.compare.comparison import Comparison, Machine
-from medtpp.workflow.compare.opening import hold, keep_comparison, read_comparison, share_machine
+from medtpp.workflow.compare.opening import hold, is_comparison, keep_comparison, read_comparison, share_machine
 from medtpp.workflow.compare.parts import StudyPart
 from medtpp.workflow.compare.plan import base_experiment
 from medtpp.workflow.compare.run import measure, run_together
-from medtpp.workflow.compare.study_file import Member, Study, folder_name
+from medtpp.workflow.compare.study_file import Member, Study, backbone_title, folder_name, shared_folders
 from medtpp.workflow.compare.study_tables import read_study_file, title_of, write_cells, write_study_file
 from medtpp.workflow.compare.summary import summarise
 from medtpp.workflow.compare.work import Timing
@@ -135,7 +135,9 @@ def open_study(
         refuse_folder(out, [], resume=resume, overwrite=overwrite)
     mistakes: list[str] = []
     parts = list(_parts(study, out or Path(), mistakes))
-    if out is not None and not overwrite:
+    if out is not None and is_comparison(out):
+        mistakes.append(f"{out} holds a single comparison, and a study has several in folders of it: use another --out")
+    elif out is not None and not overwrite:
         mistakes += _lost(study, parts, out)
     opened = []
     for planned in parts:
@@ -220,11 +222,10 @@ def _parts(study: Study, base: Path, mistakes: list[str]) -> Iterator[Planned]:
     for member, backbone in study.variants:
         missing = _missing(member)
         for held_out, fold, site in _held_out(study, member, missing, mistakes):
-            names = {"dataset": member.name, "backbone": backbone, "fold": f"fold{fold}", "site": site}
-            if (Path(backbone) / "backbone.json").is_file():
-                names["backbone"] = Path(backbone).name
+            named = backbone_title(backbone)
+            names = {"dataset": member.name, "backbone": named, "fold": f"fold{fold}", "site": site}
             levels = [folder_name(names[level]) for level in study.levels]
-            part = StudyPart(member.name, names["backbone"], fold, site, base.joinpath(*levels))
+            part = StudyPart(member.name, named, fold, site, base.joinpath(*levels))
             yield Planned(part, member.experiment, member.axes, held_out, missing=missing)
 
 
@@ -242,6 +243,7 @@ def _held_out(
         except MedtppError as error:
             mistakes.append(f"{member.name}: {error}")
         else:
+            mistakes += [f"{member.name}: {text}" for text in shared_folders("sites", sites)]
             for site in sites:
                 yield LeftOut(site), "", site
     else:

@@ -18,8 +18,8 @@ from medtpp.config import BACKBONES, PRETEXTS, TUNERS, BackboneOptions, Count, E
 from medtpp.data.download import is_name
 from medtpp.errors import ConfigError
 from medtpp.registry import Registry
-from medtpp.workflow.compare.axes import AUTO, METRICS, Axes
-from medtpp.workflow.compare.plan import Extra, Init, base_experiment
+from medtpp.workflow.compare.axes import AUTO, INITS, METRICS, Axes
+from medtpp.workflow.compare.plan import Extra, base_experiment, refuse_together
 from medtpp.workflow.experiment import load_experiment, read_yaml, validate
 
 # The axes of a comparison: how a file and the command line call them, and how `Axes` does.
@@ -70,7 +70,7 @@ class StudyOptions(Options):
     sites: bool = Field(False, description="each site is the test set once")
     tuner: list[Annotated[str, _registered(TUNERS)]] | None = None
     pretext: list[Annotated[str, _registered(PRETEXTS)]] | None = None
-    init: list[Init] | None = None
+    init: list[Annotated[str, _one_of("init", lambda: INITS)]] | None = None
     arm: list[Extra] | None = None
     labels: Labelled | None = None
     seeds: Count | None = None
@@ -144,9 +144,8 @@ class Study:
         found += [f"backbone {name} is named twice" for name in doubled]
         unknown = [name for name in self.backbones if not any(kind.recognises(name) for kind in BACKBONES.values())]
         found += [f"no backbone is called {name!r}; see `medtpp list backbones`" for name in unknown]
-        folders = [folder_name(member.name).casefold() for member in self.members]
-        shared = [name for name, times in Counter(folders).items() if times > 1]
-        found += [f"several data sets would have the folder {name}: name them otherwise" for name in shared]
+        found += shared_folders("data sets", (member.name for member in self.members))
+        found += shared_folders("backbones", (backbone_title(name) for name in dict.fromkeys(self.backbones)))
         for member, _ in self.variants:
             with _gathering(found, f"{member.name}: "):
                 base_experiment(member.experiment, member.axes)
@@ -214,8 +213,8 @@ def study_of(
     named = path if is_name(path) or path.suffix == "" else path.resolve().parent
     found = tuple(_found(name, Path()) for name in backbones)
     study = Study((Member(named.name or source.stem, experiment, axes),), found, folds, sites)
-    if problems := study.problems():
-        raise ConfigError("This is no study:", problems)
+    if found or folds or sites:  # what is wrong with a single comparison is found when it is opened
+        refuse_together("This study cannot be made:", study.problems())
     return study
 
 
@@ -223,6 +222,18 @@ def make_axes(fields: Mapping[str, Any]) -> Axes:
     """Axes from the fields of a file or of the command line; None where nothing is said. Raises ConfigError."""
     named = {AXES[name]: value for name, value in fields.items() if name in AXES and value is not None}
     return Axes.load(named)
+
+
+def backbone_title(name: str) -> str:
+    """The name of a backbone, of a folder without those above it."""
+    return Path(name).name if (Path(name) / "backbone.json").is_file() else name
+
+
+def shared_folders(kind: str, names: Iterable[str]) -> list[str]:
+    """What to say of names whose folders would be the same."""
+    folders = Counter(folder_name(name).casefold() for name in names)
+    doubled = [name for name, times in folders.items() if times > 1]
+    return [f"several {kind} would have the folder {name}: name them otherwise" for name in doubled]
 
 
 def folder_name(name: str) -> str:

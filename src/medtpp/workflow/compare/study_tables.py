@@ -13,10 +13,11 @@ from pydantic import ValidationError
 from medtpp.errors import DataError
 from medtpp.files import atomic, read_json, write_json
 from medtpp.report.schema import StudyFailedFile, StudyFile, StudyPartFile
+from medtpp.workflow.compare.opening import STUDY
 from medtpp.workflow.compare.parts import StudyPart
 from medtpp.workflow.compare.study_file import Study
 
-STUDY, CELLS = "study.json", "cells.csv"
+CELLS = "cells.csv"
 
 
 def title_of(part: StudyPart | StudyPartFile) -> str:

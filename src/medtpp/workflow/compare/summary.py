@@ -270,6 +270,8 @@ def _failed(comparison: Comparison, out: Path) -> list[FailedFile]:
 def notes_of(comparison: Comparison, scores: list[Scores]) -> list[str]:
     """What is to be known when the numbers are read."""
     notes = []
+    if comparison.held_out is not None:
+        notes.append(f"The test cases are one of several test sets: {comparison.held_out.title}.")
     undefined = max((scored.mean().undefined_share for scored in scores), default=0.0)
     if undefined > 0.01:
         kind = "a structure" if comparison.prepared.dataset.structures else "a class"
