@@ -14,7 +14,7 @@ import slurm
 import test_pool
 from medtpp.errors import ConfigError, OutputError
 from medtpp.workflow.cluster import ClusterOptions, chains, load_cluster, run_on_cluster
-from medtpp.workflow.compare.comparison import share_machine
+from medtpp.workflow.compare.opening import share_machine
 from medtpp.workflow.experiment import load_experiment
 from medtpp.workflow.node import read_outcomes, store_calls
 from medtpp.workflow.pool import Job

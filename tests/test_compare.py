@@ -292,7 +292,7 @@ def test_the_metric_and_its_margin_suit_the_task(axes, masks, expected):
 def test_sentences_tell_the_unit(measure, value, verdict, said):
     estimate = Estimate(value, value - 0.05, value + 0.05, 0.0)
     gap = Difference(estimate, estimate, 0.01, dict.fromkeys(range(6), value))
-    assert said in sentence("lora", Arm("lora", "standard"), "5", gap, verdict, measure)
+    assert said in sentence(Arm("lora", "tpp"), Arm("lora", "standard"), "5", gap, verdict, measure)
 
 
 def test_masks_are_compared_by_dice(tmp_path):
@@ -338,7 +338,7 @@ def test_longer_takes_as_long_as_tpp():
     timing = Timing(tpp_step=0.2, finetune_step=0.5, tpp_rest=2.0, cell_rest=1.0, memory_mib=100)
     axes = Axes(tuners=("lora",), extras=("longer",), labels=("all",), seeds=3)
     base = base_experiment(experiment(), axes)
-    budget = Budget(tpp=40, finetune={"all": 30}, batch={"all": 16})
+    budget = Budget(tpp={"": 40}, finetune={"all": 30}, batch={"all": 16})
     unknown = Comparison(axes, base, None, budget, Machine(2, 1))
     comparison = Comparison(axes, base, None, budget, Machine(2, 1), {"lora 16": timing})
     tpp, longer = Cell(Arm("lora", "tpp"), "all", 0), Cell(Arm("lora", "longer"), "all", 0)

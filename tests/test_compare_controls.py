@@ -28,7 +28,7 @@ from medtpp.workflow.compare import Axes, open_comparison
 from medtpp.workflow.compare.plan import CONTROLS, Arm, Cell, base_experiment, cell_experiment
 from medtpp.workflow.compare.summary import notes_of
 from medtpp.workflow.compare.words import QUESTIONS, Measure, sentence
-from medtpp.workflow.prepare import foreign_pool, prepare
+from medtpp.workflow.prepare import arrange, foreign_pool, prepare
 from medtpp.workflow.run import finetune_stage, tpp_stage
 from runs import cli, data_folder, done, experiment, other_folder, pool_folder, refused, settings, split_of
 
@@ -150,7 +150,7 @@ def test_budgets_that_follow_the_images_are_those_of_tpp():
     assert seen.batch_size == len(opened.prepared.tpp) > 12
     for cell in opened.cells:
         for start in cell.starts:
-            tpp = cell_experiment(opened.base, start.cell).tpp
+            tpp = arrange(opened.prepared, cell_experiment(opened.base, start.cell)).experiment.tpp
             assert (tpp.steps, tpp.batch_size, tpp.head_warmup) == (seen.steps, seen.batch_size, seen.head_warmup)
 
 
@@ -341,4 +341,4 @@ def test_sentences_name_the_control(init, said):
     estimate = Estimate(0.02, 0.01, 0.03, 0.0)
     gap = Difference(estimate, estimate, 0.01, dict.fromkeys(range(6), 0.02))
     measure = Measure("auc", "AUC", "", 0.005)
-    assert said in sentence("lora", Arm("lora", init), "5", gap, "helps", measure)
+    assert said in sentence(Arm("lora", "tpp"), Arm("lora", init), "5", gap, "helps", measure)

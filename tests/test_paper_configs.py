@@ -6,6 +6,7 @@ import pytest
 
 from medtpp.config import RECIPES
 from medtpp.workflow.experiment import load_experiment
+from runs import done
 
 FOLDER = Path(__file__).parents[1] / "configs" / "paper"
 # Input, batch, passes over the training cases, cases in training.
@@ -41,6 +42,19 @@ def test_a_file_loads_and_says_what_the_protocol_says(name):
     assert experiment.tuner.name == "lora"
     if isinstance(size, tuple):
         assert experiment.backbone.patch_size == (16, 16, 16)
+
+
+def test_the_study_of_them_is_planned_without_their_data(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    said = done("compare", FOLDER / "all.yaml", "--dry-run")
+    rows = said.out.splitlines()[2:10]
+    assert [row.split()[0] for row in rows] == list(PROTOCOL)
+    assert {tuple(row.split()[1:]) for row in rows} == {("?", "60", "10", "missing")}
+    assert "480 cells and 80 runs without their data" in said.text
+    for name in PROTOCOL:
+        assert f"data/{name}/manifest.csv is missing: medtpp data prepare {name}" in said.out
+    assert max(map(len, said.out.splitlines())) <= 80
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", ["chestxr", "nct_crc", "lits", "vs", "la2018"])

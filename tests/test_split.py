@@ -6,10 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from medtpp.data.case import Case, Dataset, ImageRecord
+from medtpp.data.holdout import Fold, LeftOut, sites_of
 from medtpp.data.sources import class_names
 from medtpp.data.split import draw_labels, groups, make_split, read_split, split_problems, tpp_cases, write_split
 from medtpp.errors import DataError
@@ -72,6 +73,73 @@ def test_invariants_of_a_drawn_split(data, seed, shuffler):
     shuffled = list(cases)
     shuffler.shuffle(shuffled)
     assert split_of(shuffled, records, seed) == split
+
+
+def patients_of(cases, records):
+    """How many different cases there are of each class."""
+    return Counter(
+        name for group in groups(cases, records) for name in {label for one in group for label in one.labels}
+    )
+
+
+def require_whole_groups(cases, records, split):
+    for group in groups(cases, records):
+        assert len({split.get(one.id) for one in group if one.id in split}) <= 1
+
+
+@given(data_sets(), st.integers(0, 5), st.integers(2, 3))
+@settings(max_examples=40, deadline=None)
+def test_folds_are_disjoint_and_hold_every_case_once(data, seed, count):
+    cases, records = data
+    folds = [Fold(number, count) for number in range(1, count + 1)]
+    try:
+        splits = [fold.split(make(cases), records, seeds=Seeds(seed), val_fraction=0.15) for fold in folds]
+    except DataError:  # three patients of a class in two folds: of two, one is left for train and val
+        assume(min(patients_of(cases, records).values()) > 3)
+        raise
+    tested = Counter(name for split in splits for name, part in split.items() if part == "test")
+    assert tested == dict.fromkeys((one.id for one in cases), 1)
+    for split in splits:
+        assert split.keys() == tested.keys()
+        require_whole_groups(cases, records, split)
+        assert all(set(counts) == {"train", "val", "test"} for counts in per_class(cases, split).values())
+
+
+def test_folds_keep_the_classes_in_proportion_and_disregard_a_prescribed_split():
+    cases = [replace(one, split="train") for one in counted(a=100, b=40)]
+    for number in range(1, 6):
+        split = Fold(number, 5).split(make(cases), {}, seeds=Seeds(0), val_fraction=0.25)
+        counts = per_class(cases, split)
+        assert counts["a"] == {"train": 60, "val": 20, "test": 20}
+        assert counts["b"] == {"train": 24, "val": 8, "test": 8}
+    with pytest.raises(DataError, match="No sensible split"):
+        Fold(1, 5).split(make(counted(a=1, b=1)), {}, seeds=Seeds(0), val_fraction=0.25)
+
+
+@given(data_sets(), st.data())
+@settings(max_examples=40, deadline=None)
+def test_a_site_that_is_left_out_is_the_test_set(data, more):
+    cases, records = data
+    cases = [replace(one, site=more.draw(st.sampled_from(["n", "n", "s", None]))) for one in cases]
+    try:
+        split = LeftOut("n").split(make(cases), records, seeds=Seeds(0), val_fraction=0.15)
+    except DataError:
+        return  # too few are left for a class in each split
+    site = {one.id: one.site for one in cases}
+    assert {name for name, part in split.items() if part == "test"} == {name for name in site if site[name] == "n"}
+    require_whole_groups(cases, records, split)
+    lost = site.keys() - split.keys()
+    beside = {one.id for group in groups(cases, records) if any(one.site == "n" for one in group) for one in group}
+    assert lost == {name for name in beside if site[name] != "n"}  # those that a test case gives away
+    seen, _ = tpp_cases(make(cases), records, split)
+    assert {one.id for one in seen} == {name for name, part in split.items() if part == "train"}
+
+
+def test_fewer_than_two_sites_are_refused():
+    cases = [case("1", "a", site="n"), case("2", "b", site="n"), case("3", site="s"), case("4", "a")]
+    with pytest.raises(DataError, match=r"has 1\. Sites stand in the column 'hospital'"):
+        sites_of(make(cases), "hospital")
+    assert sites_of(make([*cases, case("5", "a", site="e")]), "site") == ("e", "n")
 
 
 def test_groups_join_patients_and_pixels_in_chains():

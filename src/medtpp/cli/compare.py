@@ -25,13 +25,13 @@ from medtpp.cli._common import (
     show_problems,
     show_split,
 )
+from medtpp.cli.study import compare_all, duration, follow
 from medtpp.errors import ConfigError, OutputError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from medtpp.report.schema import ComparisonFile
-    from medtpp.workflow.compare import Comparison, Outcome
+    from medtpp.workflow.cluster import ClusterOptions
+    from medtpp.workflow.compare import Comparison, Member
     from medtpp.workflow.compare.plan import Labels
 
 
@@ -39,26 +39,43 @@ def compare(
     source: Source,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Output folder.")] = None,
     init: Annotated[
-        str,
+        str | None,
         typer.Option(
             help="Starts to compare: standard, tpp; its controls tpp_labelled, tpp_foreign, random_direction; LoRA's "
-            "pissa, olora, eva, lora_ga."
+            "pissa, olora, eva, lora_ga.",
+            show_default="standard,tpp",
         ),
-    ] = "standard,tpp",
+    ] = None,
     labels: Annotated[
         str | None, typer.Option(help="Numbers of labelled cases in all, such as 30,150,all.", show_default=False)
     ] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Label draws, initial weights and batch orders.")] = 10,
+    seeds: Annotated[
+        int | None, typer.Option(min=1, help="Label draws, initial weights and batch orders.", show_default="10")
+    ] = None,
     tuner: Annotated[
         str | None, typer.Option(help="Tuners, such as lora,ssf; the experiment's by default.", show_default=False)
     ] = None,
+    pretext: Annotated[
+        str | None,
+        typer.Option(help="Pretext tasks, such as mae,simmim; the experiment's by default.", show_default=False),
+    ] = None,
+    backbone: Annotated[
+        str | None, typer.Option(help="A comparison on each of these backbones.", show_default=False)
+    ] = None,
+    folds: Annotated[
+        int | None, typer.Option(min=2, help="A comparison for each of so many folds of the cases.", show_default=False)
+    ] = None,
+    sites: Annotated[bool, typer.Option("--sites", help="A comparison with each site left out for testing.")] = False,
     arm: Annotated[
         str | None,
         typer.Option(help="More arms: longer (equal time), linear, full.", show_default=False),
     ] = None,
     metric: Annotated[
-        str, typer.Option(help="What is compared, on the test cases; auto: auc, and dice of masks (hd95, nsd).")
-    ] = "auto",
+        str | None,
+        typer.Option(
+            help="What is compared, on the test cases; auto: auc, and dice of masks (hd95, nsd).", show_default="auto"
+        ),
+    ] = None,
     margin: Annotated[
         float | None,
         typer.Option(
@@ -83,33 +100,63 @@ def compare(
     resume: Resume = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Compare starts of fine-tuning fairly: same split, label draws, heads, batches and steps, over several seeds."""
-    experiment = experiment_from(source, settings, unlabelled, modality)
-    from medtpp.report import write_report
+    """Compare starts of fine-tuning fairly: same split, label draws, heads, batches and steps, over several seeds.
+
+    SOURCE may also be a YAML file with the field experiments: a study over several data sets.
+    """
     from medtpp.workflow.cluster import load_cluster
-    from medtpp.workflow.compare import Axes, hold, measure, open_comparison, run_cells, summarise
+    from medtpp.workflow.compare import is_study, make_axes, read_study, study_of
 
     nodes = load_cluster(cluster) if cluster else None
     if out is None and not dry_run:
         raise OutputError("Name an output folder with --out, or look at the plan with --dry-run.")
-    axes = Axes(
-        tuners=names_in(tuner),
-        inits=names_in(init),  # type: ignore[arg-type]  # Axes says what is wrong with a name
-        extras=names_in(arm),  # type: ignore[arg-type]
-        labels=_counts(labels),
-        seeds=seeds,
-        metric=metric,
-        margin=margin,
-        foreign=tuple(map(str, foreign or ())),
-    )
+    given: dict[str, object] = {
+        "tuner": names_in(tuner) or None,
+        "pretext": names_in(pretext) or None,
+        "init": None if init is None else names_in(init),
+        "arm": names_in(arm) or None,
+        "labels": _counts(labels) or None,
+        "seeds": seeds,
+        "metric": metric,
+        "margin": margin,
+        "foreign": tuple(map(str, foreign or ())) or None,
+    }
+    backbones = names_in(backbone)
+    if is_study(source):
+        if unlabelled or modality:
+            raise ConfigError("--unlabelled and --modality are of one data set: say them in its experiment file.")
+        grid = {"backbones": backbones or None, "folds": folds, "sites": sites or None}
+        study = read_study(source, settings or [], given | grid)
+    else:
+        experiment, axes = experiment_from(source, settings, unlabelled, modality), make_axes(given)
+        study = study_of(source, experiment, axes, backbones=backbones, folds=folds or 0, sites=sites)
+    if (single := study.single) is None:
+        compare_all(study, out, jobs=jobs, cluster=nodes, dry_run=dry_run, resume=resume, overwrite=overwrite)
+    else:
+        _compare_one(single, out, jobs=jobs, cluster=nodes, dry_run=dry_run, resume=resume, overwrite=overwrite)
+
+
+def _compare_one(
+    member: Member,
+    out: Path | None,
+    *,
+    jobs: int | None,
+    cluster: ClusterOptions | None,
+    dry_run: bool,
+    resume: bool,
+    overwrite: bool,
+) -> None:
+    from medtpp.report import write_report
+    from medtpp.workflow.compare import hold, measure, open_comparison, run_cells, summarise
+
     with nullcontext() if dry_run or out is None else hold(out):
         with decoding() as progress:
             comparison = open_comparison(
-                experiment,
-                axes,
+                member.experiment,
+                member.axes,
                 out,
                 jobs=jobs,
-                cluster=nodes,
+                cluster=cluster,
                 dry_run=dry_run,
                 resume=resume,
                 overwrite=overwrite,
@@ -118,12 +165,11 @@ def compare(
         show_split(comparison.prepared, tpp=bool(comparison.starts))
         _show_foreign(comparison)
         with console.status("measuring steps"):
-            comparison = measure(comparison, out, dry_run=dry_run, cluster=nodes)
+            comparison = measure(comparison, out, dry_run=dry_run)
         _show_plan(comparison, out)
         if dry_run or out is None:
             return
-        total = len(comparison.missing_cells(out)) + len(comparison.missing_starts(out))
-        _follow(run_cells(comparison, out, nodes), total)
+        follow(run_cells(comparison, out), len(comparison.missing_cells(out)) + len(comparison.missing_starts(out)))
         summary = summarise(comparison, out)
         _show_means(summary)
         _show_differences(summary)
@@ -175,33 +221,12 @@ def _show_plan(comparison: Comparison, out: Path | None) -> None:
     console.print(
         f"[bold]to do[/bold]     {len(missing)} cells and {len(runs)} runs of TPP, "
         f"processes {machine.processes}, threads {machine.threads} each\n"
-        f"[bold]estimate[/bold]  {_duration(comparison.seconds_left(out))}"
+        f"[bold]estimate[/bold]  {duration(comparison.seconds_left(out))}"
     )
 
 
 def _minutes(seconds: float | None) -> str:
     return "?" if seconds is None else f"{seconds / 60:.1f}"
-
-
-def _duration(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    if minutes < 2:
-        return f"{max(1, round(seconds)):d} s"
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
-
-
-def _follow(outcomes: Iterable[Outcome], total: int) -> None:
-    """A bar on a terminal, lines elsewhere."""
-    from rich.progress import Progress
-
-    with Progress(console=errors, transient=True, disable=not errors.is_terminal) as bar:
-        task = bar.add_task("comparing", total=total)
-        for done, outcome in enumerate(outcomes, start=1):
-            bar.advance(task)
-            if outcome.error is not None:
-                errors.print(f"{done}/{total} failed: {outcome.job.name}: {outcome.error}", markup=False)
-            elif not errors.is_terminal:
-                errors.print(f"{done}/{total} {outcome.job.name}, {outcome.seconds:.0f} s", markup=False)
 
 
 def _show_means(summary: ComparisonFile) -> None:

@@ -56,7 +56,7 @@ def make_split(
     elif "val" not in split.values():
         trained = groups([case for case in labelled if case.split == "train"], records)
         split |= assign(trained, {"train": 1 - val_fraction, "val": val_fraction}, seeds.numpy("split"))
-    _require_classes(dataset, labelled, records, split)
+    require_classes(dataset, labelled, records, split)
     return split
 
 
@@ -236,30 +236,10 @@ def read_split(path: Path, dataset: Dataset) -> dict[str, str]:
     return dict(zip(table.case, table.split, strict=True))
 
 
-def _ties(case: Case, records: Mapping[str, Record]) -> list[tuple[str, str]]:
-    """What binds a case to others: its patient and its pixels."""
-    ties = [("patient", case.patient)] if case.patient else []
-    record = records.get(case.id)
-    if record is not None and record.fingerprint:
-        ties.append(("pixels", record.fingerprint))
-    return ties
-
-
-def _by_split(dataset: Dataset, split: Mapping[str, str]) -> dict[str, list[Case]]:
-    cases: dict[str, list[Case]] = {name: [] for name in SPLITS}
-    for case in dataset.cases:
-        if case.id in split:
-            cases[split[case.id]].append(case)
-    return cases
-
-
-def _strata(case: Case, split: Mapping[str, str]) -> list[tuple[str, str]]:
-    return [(label, split[case.id]) for label in case.labels or ("",)]
-
-
-def _require_classes(
+def require_classes(
     dataset: Dataset, labelled: Sequence[Case], records: Mapping[str, Record], split: Mapping[str, str]
 ) -> None:
+    """Raise DataError unless train, val and test have two classes each (one of several labels); of masks, a case."""
     if not dataset.classes:  # masks
         empty = [name for name, cases in _by_split(dataset, split).items() if not cases]
         if empty:
@@ -283,3 +263,24 @@ def _require_classes(
         "more, of different patients and not copies of one another, to be in train, val and test.",
         [f"{name}: {thin[name]} different" for name in dataset.classes if thin[name] < 3],
     )
+
+
+def _ties(case: Case, records: Mapping[str, Record]) -> list[tuple[str, str]]:
+    """What binds a case to others: its patient and its pixels."""
+    ties = [("patient", case.patient)] if case.patient else []
+    record = records.get(case.id)
+    if record is not None and record.fingerprint:
+        ties.append(("pixels", record.fingerprint))
+    return ties
+
+
+def _by_split(dataset: Dataset, split: Mapping[str, str]) -> dict[str, list[Case]]:
+    cases: dict[str, list[Case]] = {name: [] for name in SPLITS}
+    for case in dataset.cases:
+        if case.id in split:
+            cases[split[case.id]].append(case)
+    return cases
+
+
+def _strata(case: Case, split: Mapping[str, str]) -> list[tuple[str, str]]:
+    return [(label, split[case.id]) for label in case.labels or ("",)]

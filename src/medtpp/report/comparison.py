@@ -63,8 +63,8 @@ class Comparison:
         file: comparison.json.
         experiment: What all cells share.
         logs: Fine-tuning logs by arm and labels.
-        tpp_logs: TPP logs by the title of the stage: its tuner, and of controls what they are.
-        previews: What the pretext task restored, of one seed, by tuner.
+        tpp_logs: TPP logs by the title of the stage: its tuner and pretext task, and of controls what they are.
+        previews: What the pretext task restored, of one seed, by the same title.
     """
 
     file: ComparisonFile
@@ -125,8 +125,8 @@ def read_comparison(folder: Path) -> Comparison:
     for stage in file.tpp:
         if stage.log is not None:
             tpp_logs.setdefault(stage.title, []).append(_read_losses(_inside(folder, stage.log)))
-        if stage.preview is not None and stage.init == "tpp" and stage.tuner not in previews:
-            previews[stage.tuner] = read_picture(_inside(folder, stage.preview), longest=900)
+        if stage.preview is not None and stage.init == "tpp" and stage.title not in previews:
+            previews[stage.title] = read_picture(_inside(folder, stage.preview), longest=900)
     return Comparison(file, read_experiment(folder / "experiment.yaml"), logs, tpp_logs, previews)
 
 
@@ -204,22 +204,27 @@ class Plot:
 
 
 def _finetune_plots(comparison: Comparison) -> list[Plot]:
-    """Losses of each tuner with and without TPP, at each number of labels."""
+    """Losses of each tuner without TPP and with each pretext task of it, at each number of labels."""
     file = comparison.file
     plots: list[Plot] = []
-    starts = {(arm.tuner, arm.init): arm.name for arm in file.arms}
-    for tuner in dict.fromkeys(arm.tuner for arm in file.arms if arm.init == "tpp"):
+    standard = {arm.tuner: arm.name for arm in file.arms if arm.init == "standard"}
+    for arm in (arm for arm in file.arms if arm.init == "tpp"):
         for labels in file.labels:
             bands = {}
-            for look, init in ((figures.BASELINE, "standard"), (figures.PRETRAINED, "tpp")):
-                logs = comparison.logs.get((starts.get((tuner, init), ""), labels))
+            for look, name in ((figures.BASELINE, standard.get(arm.tuner, "")), (figures.PRETRAINED, arm.name)):
+                logs = comparison.logs.get((name, labels))
                 if logs:
                     bands[look] = loss_band(logs)
             if bands:
                 ends = ", ".join(f"{look.name} {band.mean[-1]:.3f}" for look, band in bands.items())
                 svg = figures.bands_figure(bands, f"finetune{len(plots)}", "fine-tuning loss")
-                plots.append(Plot(f"{tuner}, {_labels(file, labels)}", svg, f"Fine-tuning loss, at the end: {ends}."))
+                title = f"{_without_init(arm)}, {_labels(file, labels)}"
+                plots.append(Plot(title, svg, f"Fine-tuning loss, at the end: {ends}."))
     return plots
+
+
+def _without_init(arm: ArmFile) -> str:
+    return f"{arm.tuner} {arm.pretext}" if arm.pretext else arm.tuner
 
 
 def _labels(file: ComparisonFile, labels: str) -> str:

@@ -209,6 +209,7 @@ class ArmFile(FileModel):
     name: str
     tuner: str
     init: str
+    pretext: str = ""  # where it is not the experiment's own
     description: str
 
 
@@ -255,6 +256,7 @@ class ComparedTPPFile(FileModel):
 
     tuner: str
     init: str = "tpp"
+    pretext: str = ""
     labels: str | None = None
     seed: int
     pretext_loss_on: float
@@ -266,9 +268,13 @@ class ComparedTPPFile(FileModel):
 
     @property
     def title(self) -> str:
-        """The tuner; of a control, the arm with its labels where it is another for each number of them."""
+        """The tuner, with the pretext task where it is not the experiment's own.
+
+        Of a control, the arm, with its labels where it is another for each number of them.
+        """
         labels = "" if self.labels is None else f", {self.labels} labels"
-        return self.tuner if self.init == "tpp" else f"{self.tuner} {self.init}{labels}"
+        parts = [self.tuner, *([] if self.init == "tpp" else [self.init]), *([self.pretext] if self.pretext else [])]
+        return " ".join(parts) + labels
 
 
 class FailedFile(FileModel):
@@ -331,3 +337,31 @@ class ComparisonFile(FileModel):
     def digits(self) -> int:
         """How many digits of the metric are worth showing: those of a hundredth of a mm, or a tenth of a point."""
         return 2 if self.metric_unit else 3
+
+
+class StudyPartFile(FileModel):
+    """A comparison of a study; "" where the study has no such axis. The folder is relative to the study's."""
+
+    dataset: str
+    backbone: str = ""
+    fold: str = ""
+    site: str = ""
+    folder: str
+
+
+class StudyFailedFile(FileModel):
+    """A cell of a study that failed, or a whole comparison, which has no cell."""
+
+    part: str
+    cell: str = ""
+    reason: str
+
+
+class StudyFile(FileModel):
+    """study.json, which `medtpp compare` writes of several comparisons."""
+
+    schema_version: Literal[1] = Field(alias="schema")
+    levels: list[str]
+    axes: dict[str, dict[str, Any]]
+    parts: list[StudyPartFile]
+    failed: list[StudyFailedFile] = []

@@ -9,7 +9,7 @@ import operator
 import reprlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
@@ -53,10 +53,7 @@ def load_experiment(source: Path, settings: Sequence[str] = (), unlabelled: Sequ
         ConfigError: All mistakes of the file and the settings, with line numbers.
     """
     is_file = source.suffix.lower() in (".yaml", ".yml")
-    if is_file and not source.is_file():
-        raise ConfigError(f"There is no experiment file {source}. `medtpp init DATA -o {source.name}` writes one.")
-    here = CommentedMap({"data": CommentedMap({"path": str(source)})})
-    values = read_yaml(source, "experiment", "data") if is_file else here
+    values = read_yaml(source) if is_file else CommentedMap({"data": CommentedMap({"path": str(source)})})
     values = apply_settings(values, settings)
     for name in [name for name, value in values.items() if value is None]:
         del values[name]  # a section of which nothing is left but comments
@@ -71,6 +68,31 @@ def load_experiment(source: Path, settings: Sequence[str] = (), unlabelled: Sequ
             )
     experiment = validate(experiment_schema(), values, str(source) if is_file else "the settings")
     return _with_paths(experiment, source.parent if is_file else Path())
+
+
+def read_yaml(path: Path, kind: str = "experiment", field: str = "data") -> CommentedMap:
+    """The fields of a file, with their lines, not checked.
+
+    Args:
+        path: The file.
+        kind: What it is, for messages.
+        field: One that it might begin with.
+
+    Raises:
+        ConfigError: There is no such file, or it holds something else.
+    """
+    if not path.is_file():
+        hint = f" `medtpp init DATA -o {path.name}` writes one." if kind == "experiment" else ""
+        raise ConfigError(f"There is no {kind} file {path}.{hint}")
+    try:
+        values = YAML(typ="rt").load(path.read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not text in UTF-8. Save it as UTF-8.") from error
+    except YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {_yaml_mistake(error)}.") from error
+    if not isinstance(values, CommentedMap):
+        raise ConfigError(f"{path} holds no {kind}: it should begin with a field such as `{field}:`.")
+    return values
 
 
 def validate(model: type[M], values: Mapping[str, Any], what: str) -> M:
@@ -129,30 +151,6 @@ def _with_paths(experiment: Experiment, base: Path) -> Experiment:
     return experiment.model_copy(
         update={"data": data.model_copy(update=paths), "backbone": backbone.model_copy(update=weights)}
     )
-
-
-def read_yaml(path: Path, kind: str, field: str) -> CommentedMap:
-    """The fields of a YAML file, with their lines.
-
-    Args:
-        path: The file.
-        kind: What it is, for messages.
-        field: One that it might begin with.
-
-    Raises:
-        ConfigError: There is no such file, or it holds something else.
-    """
-    if not path.is_file():
-        raise ConfigError(f"There is no {kind} file {path}.")
-    try:
-        values = YAML(typ="rt").load(path.read_text(encoding="utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not text in UTF-8. Save it as UTF-8.") from error
-    except YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {_yaml_mistake(error)}.") from error
-    if not isinstance(values, CommentedMap):
-        raise ConfigError(f"{path} holds no {kind}: it should begin with a field such as `{field}:`.")
-    return values
 
 
 def _yaml_mistake(error: YAMLError) -> str:
@@ -231,7 +229,8 @@ def _mistakes(model: type[BaseModel], values: Any, errors: Sequence[ErrorDetails
         elif not text and error["msg"].startswith("Input should be "):
             expected.setdefault(location, []).append(error["msg"].removeprefix("Input should be "))
         elif not text:
-            text = error["msg"][0].lower() + error["msg"][1:]
+            said = error["msg"].removeprefix("Value error, ")
+            text = said[0].lower() + said[1:]
         if text:
             texts[location] = text
     for location, kinds in expected.items():
@@ -297,7 +296,8 @@ def _unknown_name(model: type[BaseModel], values: Any, location: Location, error
 
 def _known_fields(model: Any, location: Location) -> list[str]:
     for part in location:
-        model = model.model_fields[part].annotation
+        is_mapping = get_origin(model) is dict  # of names to sections
+        model = get_args(model)[1] if is_mapping else model.model_fields[part].annotation
     return list(model.model_fields)
 
 

@@ -13,6 +13,7 @@ from medtpp.data.cache import ImageCache, Progress
 from medtpp.data.case import Case, Dataset, Problem, Record
 from medtpp.data.check import check, raise_errors
 from medtpp.data.fingerprints import Fingerprints
+from medtpp.data.holdout import Holdout
 from medtpp.data.preprocess import Preprocessing
 from medtpp.data.read import read_dataset, read_unlabelled
 from medtpp.data.split import draw_labels, make_split, read_split, split_problems, tpp_cases
@@ -91,6 +92,7 @@ def prepare(
     *,
     split_file: Path | None = None,
     all_test: bool = False,
+    held_out: Holdout | None = None,
     progress: Progress | None = None,
 ) -> Prepared:
     """Read, decode, check and split the data of an experiment. Nothing but the image cache is written.
@@ -100,6 +102,7 @@ def prepare(
         split_file: A whole split that was kept, taken in place of a new one if the file exists. A draw of
             `data.labels` is made anew from it, by name.
         all_test: Take all labelled cases as test cases, whatever split is prescribed: data of another hospital.
+        held_out: Take a fold or a site as test cases, whatever split is prescribed.
         progress: Called with images decoded so far and in all.
 
     Raises:
@@ -107,8 +110,9 @@ def prepare(
         ConfigError: Methods do not fit together.
     """
     experiment, dataset = with_task(experiment, read_dataset(experiment.data))
-    if all_test:
-        dataset = dataset.with_cases(tuple(replace(case, split=None) for case in dataset.cases))
+    if all_test or held_out is not None:  # the split of unlabelled cases still says what TPP may not see
+        cases = (replace(case, split=None) if all_test or case.labelled else case for case in dataset.cases)
+        dataset = dataset.with_cases(tuple(cases))
     positive = experiment.data.positive
     if positive is not None and (len(dataset.classes) != 2 or positive not in dataset.classes):
         raise ConfigError(
@@ -128,7 +132,7 @@ def prepare(
     problems = check(dataset, records)
     raise_errors(dataset, problems)
     problems += _unlabelled_problems(dataset, unlabelled)
-    whole = _whole_split(experiment, dataset, records, split_file, all_test=all_test)
+    whole = _whole_split(experiment, dataset, records, split_file, held_out, all_test=all_test)
     seen, excluded = tpp_cases(dataset, records, whole, unlabelled)
     if experiment.tpp.transductive:
         seen += [case for case in dataset.cases if whole.get(case.id) in ("val", "test")]
@@ -225,21 +229,31 @@ def _whole_split(
     dataset: Dataset,
     records: Mapping[str, Record],
     split_file: Path | None,
+    held_out: Holdout | None,
     *,
     all_test: bool,
 ) -> dict[str, str]:
     if all_test:
         return {case.id: "test" for case in dataset.cases if case.labelled}
-    if split_file is None or not split_file.is_file():
-        data, seeds = experiment.data, Seeds(experiment.seed)
-        return make_split(
-            dataset, records, seeds=seeds, val_fraction=data.val_fraction, test_fraction=data.test_fraction
-        )
-    whole = read_split(split_file, dataset)
-    added = [case.id for case in dataset.cases if case.labelled and case.id not in whole]
+    data, seeds = experiment.data, Seeds(experiment.seed)
+    kept = split_file if split_file is not None and split_file.is_file() else None
+    if kept is not None and held_out is None:
+        used = {case.id for case in dataset.cases if case.labelled}
+    else:
+        if held_out is not None:
+            split = held_out.split(dataset, records, seeds=seeds, val_fraction=data.val_fraction)
+        else:
+            split = make_split(
+                dataset, records, seeds=seeds, val_fraction=data.val_fraction, test_fraction=data.test_fraction
+            )
+        if kept is None:
+            return split
+        used = set(split)
+    whole = read_split(kept, dataset)
+    added = sorted(used - whole.keys())
     if added:
         raise DataError(
-            f"{split_file} does not know {len(added)} labelled cases, for example {added[0]}: they were added "
+            f"{kept} does not know {len(added)} labelled cases, for example {added[0]}: they were added "
             "since. Begin anew with --overwrite or another --out, or leave them out with data.exclude."
         )
     return whole

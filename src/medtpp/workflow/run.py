@@ -21,6 +21,7 @@ from medtpp.backbones.folder import seen_by
 from medtpp.config import TASKS, TUNERS, Experiment
 from medtpp.data.cache import ImageCache
 from medtpp.data.case import Case
+from medtpp.data.holdout import Holdout
 from medtpp.data.preprocess import Preprocessing
 from medtpp.data.split import write_split
 from medtpp.data.volume_plan import as_options
@@ -68,7 +69,6 @@ def open_run(
     resume: bool = False,
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
-    verify: Callable[[Prepared], None] = lambda _: None,
 ) -> Prepared:
     """Make the output folder, prepare the data, keep the split and the resolved experiment there.
 
@@ -82,27 +82,62 @@ def open_run(
         resume: Go on with what the folder holds.
         overwrite: Replace what the folder holds.
         progress: Called with images decoded so far and in all.
-        verify: Called before anything is deleted or written; may raise.
 
     Raises:
         OutputError: The folder is not empty and neither `resume` nor `overwrite` is given.
         DataError, ConfigError: As `prepare`; or the folder holds a run of another experiment.
         LeakageError: The backbone was pre-trained on test cases.
     """
+    prepared = read_run(
+        experiment, out, adapter=adapter, all_test=all_test, resume=resume, overwrite=overwrite, progress=progress
+    )
+    keep_run(prepared, out, overwrite=overwrite)
+    return prepared
+
+
+def read_run(
+    experiment: Experiment,
+    out: Path,
+    *,
+    adapter: Path | None = None,
+    all_test: bool = False,
+    held_out: Holdout | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Prepared:
+    """The first half of `open_run`: all that may be refused. Nothing in the folder is changed.
+
+    Args:
+        experiment: As written by the user.
+        out: The output folder.
+        adapter: An adapter folder that the run will read.
+        all_test: Take all labelled cases as test cases.
+        held_out: Take a fold or a site as test cases.
+        resume: Go on with what the folder holds.
+        overwrite: What the folder holds will be replaced.
+        progress: Called with images decoded so far and in all.
+
+    Raises:
+        MedtppError: As `open_run`.
+    """
     backbone = experiment.backbone
     reads = [experiment.data.path, *experiment.data.unlabelled, Path(backbone.name), Path(backbone.weights)]
     refuse_folder(out, [*reads, *([adapter] if adapter else [])], resume=resume, overwrite=overwrite)
     kept = None if overwrite else out / "split.csv"
-    prepared = prepare(experiment, split_file=kept, all_test=all_test, progress=progress)
+    prepared = prepare(experiment, split_file=kept, all_test=all_test, held_out=held_out, progress=progress)
     refuse_overlap(f"The backbone {backbone.name}", seen_by(backbone).overlap(prepared.cases("test"), prepared.records))
     if not overwrite:
         refuse_changes(out, prepared)
-    verify(prepared)
+    return prepared
+
+
+def keep_run(prepared: Prepared, out: Path, *, overwrite: bool = False) -> None:
+    """The second half of `open_run`: replace what is in the folder, if asked for, and write what the run is."""
     if overwrite:
         prepare_folder(out, overwrite=True)
     write_experiment(out / "experiment.yaml", prepared.experiment)  # first: it says what the split belongs to
     write_split(out / "split.csv", prepared.dataset, prepared.whole_split)
-    return prepared
 
 
 def as_trained(experiment: Experiment, adapter: Path, *, backbone: str | None = None) -> Experiment:

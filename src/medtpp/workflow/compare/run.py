@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,7 +12,7 @@ import psutil
 
 from medtpp.data.cache import ImageCache
 from medtpp.files import read_json, write_json
-from medtpp.workflow.cluster import ClusterOptions, run_on_cluster
+from medtpp.workflow.cluster import run_on_cluster
 from medtpp.workflow.compare.comparison import Comparison, Machine, log_file
 from medtpp.workflow.compare.plan import Arm, Cell, Start, cell_experiment
 from medtpp.workflow.compare.work import Timing, do_cell, do_random_direction, do_tpp, refuse, time_steps
@@ -26,7 +25,7 @@ _MEASURING = 60.0  # seconds for one timing, on a cluster
 
 
 def measure(
-    comparison: Comparison, out: Path | None, *, dry_run: bool = False, cluster: ClusterOptions | None = None
+    comparison: Comparison, out: Path | None, *, dry_run: bool = False, known: Mapping[str, Timing] | None = None
 ) -> Comparison:
     """The same comparison with its steps timed, on as many processes as memory allows.
 
@@ -36,22 +35,23 @@ def measure(
         comparison: Opened.
         out: Of the comparison, if there is one.
         dry_run: Write nothing there.
-        cluster: Where the cells will be done, if not here.
+        known: Timings of a comparison of the same data and backbone, not to be measured again.
 
     Raises:
         MedtppError: As `run_on_cluster`.
     """
-    known: dict[str, Timing] = {}
+    known = dict(known or {})
     if out is not None and (out / _TIMINGS).is_file():
-        known = {name: Timing(**values) for name, values in read_json(out / _TIMINGS).items()}
+        known |= {name: Timing(**values) for name, values in read_json(out / _TIMINGS).items()}
+    cluster = comparison.machine.cluster
     whole = comparison.machine if cluster is None else replace(comparison.machine, processes=cluster.processes)
     alone = replace(whole, processes=1)  # once more, for what failed: all at once may need too much memory
     shared = None if cluster is None else Path.cwd() if out is None or dry_run else out.parent
     with TemporaryDirectory(prefix=".medtpp-", dir=shared, ignore_cleanup_errors=True) as scratch:
-        for machine in dict.fromkeys((whole, alone)):
+        for machine in [whole] if whole == alone else [whole, alone]:
             folder = Path(scratch).absolute() / str(machine.processes)
             jobs = list(_timing_jobs(comparison, machine, known, folder))
-            for outcome in _run(comparison, machine, jobs, cluster, folder):
+            for outcome in _run(machine, jobs, [comparison], folder):
                 if outcome.error is None:
                     known[outcome.job.name.rpartition(" ")[0]] = outcome.value
     if out is not None and not dry_run:
@@ -60,33 +60,45 @@ def measure(
     return replace(comparison, timings=known, machine=machine)
 
 
-def run_cells(comparison: Comparison, out: Path, cluster: ClusterOptions | None = None) -> Iterator[Outcome]:
+def run_cells(comparison: Comparison, out: Path) -> Iterator[Outcome]:
     """Do what is not done yet; gives each start and cell as it ends. A failure is kept beside the log.
-
-    Args:
-        comparison: Measured.
-        out: Its folder.
-        cluster: Where, if not here.
 
     Raises:
         MedtppError: As `run_on_cluster`.
     """
-    for outcome in _run(comparison, comparison.machine, list(_jobs(comparison, out)), cluster, out / "cluster"):
+    return run_together({"": (comparison, out)}, comparison.machine, out)
+
+
+def run_together(comparisons: Mapping[str, tuple[Comparison, Path]], machine: Machine, out: Path) -> Iterator[Outcome]:
+    """Do what is not done yet of several comparisons on one set of processes; else as `run_cells`.
+
+    Args:
+        comparisons: With their folders, by what is put before the names of their jobs.
+        machine: For all.
+        out: The folder of all, where a cluster is told what to do.
+    """
+    jobs: list[Job] = []
+    names: dict[str, str] = {}
+    for prefix, (comparison, out) in comparisons.items():
+        for job in _jobs(comparison, out):
+            after = None if job.after is None else prefix + job.after
+            jobs.append(replace(job, name=prefix + job.name, after=after))
+            names[jobs[-1].name] = job.name
+    for outcome in _run(machine, jobs, [comparison for comparison, _ in comparisons.values()], out / "cluster"):
         failure = outcome.job.log.with_suffix(".json")
         if outcome.error is None:
             failure.unlink(missing_ok=True)
         else:
-            write_json(failure, {"name": outcome.job.name, "reason": outcome.error})
+            write_json(failure, {"name": names[outcome.job.name], "reason": outcome.error})
         yield outcome
 
 
-def _run(
-    comparison: Comparison, machine: Machine, jobs: list[Job], cluster: ClusterOptions | None, folder: Path
-) -> Iterator[Outcome]:
-    if cluster is None or not jobs:
+def _run(machine: Machine, jobs: list[Job], comparisons: Sequence[Comparison], folder: Path) -> Iterator[Outcome]:
+    if machine.cluster is None or not jobs:
         return run_jobs(jobs, processes=machine.processes, threads=machine.threads, gpus=machine.gpus)
-    reads = [_stored(data) for data in (comparison.prepared, comparison.foreign) if data is not None]
-    return run_on_cluster(jobs, cluster, folder, reads=reads)
+    data = [one for comparison in comparisons for one in (comparison.prepared, comparison.foreign)]
+    reads = dict.fromkeys(_stored(one) for one in data if one is not None)
+    return run_on_cluster(jobs, machine.cluster, folder, reads=list(reads))
 
 
 def _stored(data: PreparedData) -> Path:
@@ -95,14 +107,20 @@ def _stored(data: PreparedData) -> Path:
 
 
 def _timing_jobs(comparison: Comparison, machine: Machine, known: dict[str, Timing], scratch: Path) -> Iterator[Job]:
-    """Each tuner at each batch size on every process at once, for they share caches and memory bandwidth."""
+    """Each tuner at each batch size on every process at once, for they share caches and memory bandwidth.
+
+    Further pretext tasks are measured at one label count alone, since fine-tuning costs the same after each of them.
+    """
     begun = set(known)
-    for tuner, labels in itertools.product(dict.fromkeys(arm.tuner for arm in comparison.arms), comparison.labels):
-        key = comparison.timing_key(tuner, labels)
+    tuners = dict.fromkeys(arm.tuner for arm in comparison.arms)
+    wanted = [(Arm(tuner, "tpp"), labels) for tuner in tuners for labels in comparison.labels]
+    wanted += [(arm, comparison.labels[0]) for arm in comparison.arms if arm.init == "tpp" and arm.pretext]
+    for pretext, labels in wanted:
+        tuner = pretext.tuner
+        key = comparison.timing_key(tuner, labels, pretext.pretext)
         if key in begun:
             continue
         begun.add(key)
-        pretext = Arm(tuner, "tpp")
         arm = pretext if pretext in comparison.arms else Arm(tuner, "standard")
         cell = Cell(arm, labels, comparison.base.seed)
         experiment = cell_experiment(comparison.base, cell, threads=machine.threads)

@@ -28,7 +28,7 @@ from medtpp.files import MARKER, atomic, read_json, write_json
 from medtpp.report.schema import ArmFile, ComparedTPPFile, ComparisonFile, DifferenceFile, FailedFile, MeanFile
 from medtpp.seeds import Seeds
 from medtpp.workflow.compare.comparison import Comparison, log_file
-from medtpp.workflow.compare.plan import CONTROLS, REFERENCES, STARTS, Arm, Cell
+from medtpp.workflow.compare.plan import CONTROLS, PRIMED, REFERENCES, STARTS, Arm, Cell, Labels
 from medtpp.workflow.compare.words import QUESTIONS, Measure, sentence
 
 RESAMPLES = 2000
@@ -69,10 +69,7 @@ def summarise(comparison: Comparison, out: Path) -> ComparisonFile:
             if mine:
                 scores[arm, str(labels)] = resample(mine, axes.metric, bootstrap)
     title, unit, margin = _title(comparison), _unit(axes.metric, runs.values()), axes.margin or 0.0
-    counts = {
-        str(labels): sum(part != "test" for part in comparison.prepared.split.values()) if labels == "all" else labels
-        for labels in comparison.labels
-    }
+    counts = {str(labels): _count(comparison, labels) for labels in comparison.labels}
     summary = ComparisonFile(
         schema=1,
         data=comparison.prepared.dataset.root.resolve().name,
@@ -89,7 +86,7 @@ def summarise(comparison: Comparison, out: Path) -> ComparisonFile:
         seeds=seeds,
         labels=list(counts),
         label_counts=counts,
-        arms=[_describe(arm, masks=bool(comparison.prepared.dataset.structures)) for arm in comparison.arms],
+        arms=[_describe(comparison, arm) for arm in comparison.arms],
         means=[
             _mean(arm, str(labels), scores.get((arm, str(labels))), rows)
             for arm, labels in dict.fromkeys((cell.arm, cell.labels) for cell in comparison.cells)
@@ -103,10 +100,17 @@ def summarise(comparison: Comparison, out: Path) -> ComparisonFile:
     return summary
 
 
-def _describe(arm: Arm, *, masks: bool) -> ArmFile:
+def _describe(comparison: Comparison, arm: Arm) -> ArmFile:
+    masks = bool(comparison.prepared.dataset.structures)
     references = {"full": _FULL, "linear": f"{'decoder and head' if masks else 'a head'} on frozen features"}
     text = references[arm.tuner] if arm.is_reference else _DESCRIPTIONS[arm.init].format(arm.tuner)
-    return ArmFile(name=arm.name, tuner=arm.tuner, init=arm.init, description=text)
+    if len(comparison.pretexts) > 1 and arm.init in PRIMED:
+        text += f"; TPP by {comparison.pretext_of(arm)}"
+    return ArmFile(name=arm.name, tuner=arm.tuner, init=arm.init, pretext=arm.pretext, description=text)
+
+
+def _count(comparison: Comparison, labels: Labels) -> int:
+    return len(comparison.prepared.cases("train", "val")) if labels == "all" else labels
 
 
 def _title(comparison: Comparison) -> str:
@@ -139,8 +143,10 @@ def _row(comparison: Comparison, cell: Cell, out: Path) -> dict[str, Any]:
         "data": comparison.prepared.dataset.root.resolve().name,
         "tuner": cell.arm.tuner,
         "init": cell.arm.init,
+        "pretext": comparison.pretext_of(cell.arm),
         "arm": cell.arm.name,
         "labels": cell.labels,
+        "n_labels": _count(comparison, cell.labels),
         "seed": cell.seed,
         "status": "failed" if log_file(out, folder).with_suffix(".json").is_file() else "missing",
         "folder": folder.relative_to(out).as_posix(),
@@ -199,7 +205,7 @@ def _differences(
             for arm in comparison.arms
             for baseline in comparison.arms
             for labels in map(str, comparison.labels)
-            if arm.init == "tpp" and _is_baseline(baseline, kind, arm)
+            if arm.init == "tpp" and _is_baseline(comparison, baseline, kind, arm)
             if _share_seeds(scores.get((arm, labels)), scores.get((baseline, labels)))
         ]
         for (arm, baseline, labels, gap), p_holm in zip(pairs, holm([pair[3].p for pair in pairs]), strict=True):
@@ -216,7 +222,7 @@ def _differences(
                     p=gap.p,
                     p_holm=p_holm,
                     verdict=verdict,
-                    sentence=sentence(arm.tuner, baseline, labels, gap, verdict, measure),
+                    sentence=sentence(arm, baseline, labels, gap, verdict, measure),
                     by_seed={str(seed): value for seed, value in gap.by_seed.items()},
                     question=QUESTIONS.get(kind, ""),
                 )
@@ -224,9 +230,13 @@ def _differences(
     return found
 
 
-def _is_baseline(baseline: Arm, kind: str, arm: Arm) -> bool:
+def _is_baseline(comparison: Comparison, baseline: Arm, kind: str, arm: Arm) -> bool:
     if kind in REFERENCES:
         return baseline.is_reference and baseline.tuner == kind != arm.tuner
+    if kind in CONTROLS and baseline.pretext != arm.pretext:
+        return False
+    if kind == "longer" and arm.pretext != comparison.pretexts[0]:  # it takes as long as TPP by that one
+        return False
     return baseline.init == kind and baseline.tuner == arm.tuner
 
 
@@ -241,7 +251,8 @@ def _pretext(comparison: Comparison, out: Path) -> list[ComparedTPPFile]:
         if start.origin is None and (folder / MARKER).is_file():
             files = {"log": folder / "log.csv", "preview": folder / "preview.png"}
             paths = {name: path.relative_to(out).as_posix() for name, path in files.items() if path.is_file()}
-            what = {"tuner": start.arm.tuner, "init": start.arm.init, "seed": start.seed}
+            arm = start.arm
+            what = {"tuner": arm.tuner, "init": arm.init, "pretext": arm.pretext, "seed": start.seed}
             labels = None if start.labels is None else str(start.labels)
             told = {**read_json(folder / MARKER), **what, "labels": labels, **paths}
             found.append(ComparedTPPFile.model_validate(told))
@@ -259,6 +270,8 @@ def _failed(comparison: Comparison, out: Path) -> list[FailedFile]:
 def notes_of(comparison: Comparison, scores: list[Scores]) -> list[str]:
     """What is to be known when the numbers are read."""
     notes = []
+    if comparison.held_out is not None:
+        notes.append(f"The test cases are one of several test sets: {comparison.held_out.title}.")
     undefined = max((scored.mean().undefined_share for scored in scores), default=0.0)
     if undefined > 0.01:
         kind = "a structure" if comparison.prepared.dataset.structures else "a class"

@@ -67,37 +67,38 @@ class Measure:
         return f"{number:+.2f}" if self.unit else f"{number:+.3f}"
 
 
-def sentence(tuner: str, baseline: Arm, labels: str, gap: Difference, verdict: Verdict, measure: Measure) -> str:
+def sentence(arm: Arm, baseline: Arm, labels: str, gap: Difference, verdict: Verdict, measure: Measure) -> str:
     """What a paired difference says, for a person who reads nothing else.
 
     Args:
-        tuner: Of the arm with TPP.
+        arm: With TPP.
         baseline: What it is compared to.
         labels: How many labels, or "all".
         gap: TPP minus baseline.
         verdict: Of `judge`.
         measure: What is compared.
     """
+    tuner, tpp = arm.tuner, f"TPP by {arm.pretext}" if arm.pretext else "TPP"
     where = f"{tuner}, {'all labels' if labels == 'all' else f'{labels} labels'}"
     against = _BASELINES[baseline.tuner if baseline.is_reference and baseline.tuner != tuner else baseline.init]
     estimate, seeds, title, unit = gap.estimate, len(gap.by_seed), measure.title, measure.noun
     if verdict == "undefined" or estimate.value is None or estimate.low is None or estimate.high is None:
-        return f"{where}: the difference between TPP and {against} is undefined."
+        return f"{where}: the difference between {tpp} and {against} is undefined."
     value, low, high = map(measure.signed, (estimate.value, estimate.low, estimate.high))
     interval = f"[{low}, {high}], {seeds} seeds"
     if verdict in ("helps", "hurts"):
         small = f", by less than the margin of {measure.room}" if abs(estimate.value) < measure.margin else ""
         direction = "higher" if estimate.value > 0 else "lower"
         return (
-            f"{where}: TPP {verdict}{small}: {title} is {value.lstrip('+-')}{unit} {direction} than with {against} "
+            f"{where}: {tpp} {verdict}{small}: {title} is {value.lstrip('+-')}{unit} {direction} than with {against} "
             f"({interval})."
         )
     if verdict == "equivalent":
-        return f"{where}: TPP and {against} are equivalent within {measure.room} of {title} ({value} {interval})."
+        return f"{where}: {tpp} and {against} are equivalent within {measure.room} of {title} ({value} {interval})."
     if verdict == "too few seeds":
         few = f"{seeds} seeds are" if seeds > 1 else "one seed is"
-        return f"{where}: {few} too few to tell TPP from {against} ({value}{unit}); take {FEWEST_SEEDS} or more."
+        return f"{where}: {few} too few to tell {tpp} from {against} ({value}{unit}); take {FEWEST_SEEDS} or more."
     return (
-        f"{where}: no difference seen between TPP and {against}: {value}{unit} of {title} ({interval}). "
+        f"{where}: no difference seen between {tpp} and {against}: {value}{unit} of {title} ({interval}). "
         f"That is not equivalence, for which the interval would have to lie within {measure.room}."
     )

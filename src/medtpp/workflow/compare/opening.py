@@ -1,0 +1,282 @@
+"""Opening a comparison: its data are read, its cells found possible, its folder made."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+
+from medtpp import backbones
+from medtpp.config import Experiment
+from medtpp.data.holdout import Holdout
+from medtpp.errors import ConfigError, OutputError
+from medtpp.files import prepare_folder, read_json, write_json
+from medtpp.seeds import Seeds
+from medtpp.training.device import choose_accelerator, choose_precision
+from medtpp.training.stage import number
+from medtpp.training.tpp import make_pretext, require_pair, resolve_pretext
+from medtpp.workflow.cluster import ClusterOptions
+from medtpp.workflow.compare.axes import Axes
+from medtpp.workflow.compare.comparison import Budget, Comparison, Machine
+from medtpp.workflow.compare.plan import Cell, Labels, base_experiment, cell_experiment, refuse_together, settled
+from medtpp.workflow.prepare import Prepared, PreparedData, arrange, foreign_pool, prepare
+from medtpp.workflow.run import content, keep_run, read_run
+from medtpp.workflow.steps import refuse_folder
+
+Progress = Callable[[int, int], None]
+STUDY = "study.json"
+_AXES, _INPUTS = "axes.json", "inputs.json"
+_FOREIGN, _HELD_OUT = "foreign images", "test cases are"
+
+
+def open_comparison(
+    experiment: Experiment,
+    axes: Axes,
+    out: Path | None,
+    *,
+    jobs: int | None = None,
+    cluster: ClusterOptions | None = None,
+    dry_run: bool = False,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Comparison:
+    """Read the data once, and find out whether all cells can be made, before anything is deleted or written.
+
+    Args:
+        experiment: As written by the user.
+        axes: What to compare. A resumed comparison keeps the axes it had, too.
+        out: The output folder; a dry run may go without.
+        jobs: Processes at once; as many as fit by default.
+        cluster: Where the cells will be done, if not here.
+        dry_run: Write nothing. With `out`, what is done there counts.
+        resume: Go on with what the folder holds.
+        overwrite: Replace what the folder holds.
+        progress: Called with images decoded so far and in all.
+
+    Raises:
+        MedtppError: As `open_run`; there are too few labelled cases for a label count; or the folder holds a
+            comparison of other data, with another metric, margin, precision or accelerator.
+    """
+    comparison = read_comparison(
+        experiment,
+        axes,
+        out,
+        jobs=jobs,
+        cluster=cluster,
+        dry_run=dry_run,
+        resume=resume,
+        overwrite=overwrite,
+        progress=progress,
+    )
+    if out is not None and not dry_run:
+        keep_comparison(comparison, out, overwrite=overwrite)
+    return comparison
+
+
+def read_comparison(
+    experiment: Experiment,
+    axes: Axes,
+    out: Path | None,
+    *,
+    jobs: int | None = None,
+    cluster: ClusterOptions | None = None,
+    held_out: Holdout | None = None,
+    dry_run: bool = False,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Comparison:
+    """The first half of `open_comparison`: all that may be refused. Nothing in the folder is changed.
+
+    Args:
+        experiment: As written by the user.
+        axes: What to compare.
+        out: The output folder.
+        jobs: Processes at once.
+        cluster: Where the cells will be done, if not here.
+        held_out: Take a fold or a site as test cases.
+        dry_run: Write nothing.
+        resume: Go on with what the folder holds.
+        overwrite: What the folder holds will be replaced.
+        progress: Called with images decoded so far and in all.
+
+    Raises:
+        MedtppError: As `open_comparison`.
+    """
+    experiment = experiment if cluster is None else cluster.placed(experiment)
+    axes = axes.resolved(experiment)
+    if out is not None and (out / STUDY).is_file():
+        raise OutputError(f"{out} holds a study, whose comparisons lie in folders of it. Name another output folder.")
+    if out is not None and not dry_run:
+        refuse_folder(out, map(Path, axes.foreign), resume=resume, overwrite=overwrite)
+    kept = out is not None and not overwrite and (out / _AXES).is_file()
+    if out is not None and kept and (resume or dry_run):
+        axes = axes.joined(Axes.load(read_json(out / _AXES)).resolved(experiment))
+    base = base_experiment(experiment, axes)
+    _require_pretexts(base, axes)
+    arms = axes.arms(base)
+    with_tpp = sorted((arm for arm in arms if arm.init == "tpp"), key=lambda arm: arm.pretext)  # its own task first
+    first = next(iter(with_tpp), arms[0])
+    whole = cell_experiment(base, Cell(first, "all", base.seed))
+    if dry_run or out is None:
+        split_file = out / "split.csv" if out and kept else None
+        prepared = prepare(whole, split_file=split_file, held_out=held_out, progress=progress)
+    else:
+        prepared = read_run(whole, out, held_out=held_out, resume=resume, overwrite=overwrite, progress=progress)
+    foreign = foreign_pool(prepared, [Path(path) for path in axes.foreign], progress) if axes.foreign else None
+    comparison = _plan(axes, base, prepared, foreign, jobs, cluster, held_out)
+    if out is not None and kept:
+        _refuse_other_data(out, _inputs(comparison))
+    return comparison
+
+
+def is_comparison(out: Path) -> bool:
+    """Whether a folder is that of a comparison."""
+    return (out / _AXES).is_file()
+
+
+def keep_comparison(comparison: Comparison, out: Path, *, overwrite: bool = False) -> None:
+    """The second half of `open_comparison`: replace what is in the folder, if asked for, and write what is compared."""
+    keep_run(comparison.prepared, out, overwrite=overwrite)
+    write_json(out / _AXES, asdict(comparison.axes))
+    write_json(out / _INPUTS, _inputs(comparison))
+
+
+def _require_pretexts(base: Experiment, axes: Axes) -> None:
+    """Raise ConfigError with all pretext tasks, beside the experiment's own, that fit a tuner or the backbone badly."""
+    arms = [arm for arm in axes.arms(base) if arm.init == "tpp"]
+    if not any(arm.pretext for arm in arms):
+        return
+    backbone = backbones.load(base.backbone)
+    problems = []
+    for arm in arms:
+        options = cell_experiment(base, Cell(arm, "all", base.seed)).pretext
+        try:
+            options = resolve_pretext(options, backbone.spec, arm.tuner)
+            pretext, _ = make_pretext(options, backbone, Seeds(base.seed))
+            require_pair(arm.tuner, pretext)
+        except ConfigError as error:
+            problems.append(error.message)
+    refuse_together("Pretext tasks do not fit:", problems)
+
+
+def _plan(
+    axes: Axes,
+    base: Experiment,
+    prepared: Prepared,
+    foreign: PreparedData | None,
+    jobs: int | None,
+    cluster: ClusterOptions | None,
+    held_out: Holdout | None,
+) -> Comparison:
+    """The comparison on data that were prepared.
+
+    Raises:
+        MedtppError: A cell is not possible, a control sees what TPP sees in all its cells, or the metric is of another
+            task.
+    """
+    axes = axes.measured(masks=bool(prepared.dataset.structures))
+    base = settled(base, prepared.experiment)
+    tpp: dict[str, int] = {}
+    finetune: dict[Labels, int] = {}
+    batch: dict[Labels, int] = {}
+    for cell in axes.cells(base):
+        new = cell.arm.init == "tpp" and cell.arm.pretext not in tpp
+        if cell.labels in finetune and not new:
+            continue
+        resolved = arrange(prepared, cell_experiment(base, cell)).experiment
+        finetune[cell.labels] = number(resolved.finetune.steps)
+        batch[cell.labels] = number(resolved.finetune.batch_size)
+        if new:
+            tpp[cell.arm.pretext] = number(resolved.tpp.steps) + number(resolved.tpp.head_warmup)
+    machine = share_machine(base, len(tuple(axes.cells(base))), jobs, cluster)
+    comparison = Comparison(
+        axes, base, prepared, Budget(tpp, finetune, batch), machine, foreign=foreign, held_out=held_out
+    )
+    if "tpp_labelled" in axes.inits and all(cell.arm.init != "tpp_labelled" for cell in comparison.cells):
+        raise ConfigError(
+            "TPP sees labelled images alone, all of them, so tpp_labelled would be the same. Name smaller numbers with "
+            "--labels, give more images with --unlabelled, or leave tpp_labelled out of --init."
+        )
+    return comparison
+
+
+def share_machine(
+    experiment: Experiment, cells: int, jobs: int | None = None, cluster: ClusterOptions | None = None
+) -> Machine:
+    """How many processes with how many threads: one per GPU, or one per core, since many small ones are quickest.
+
+    A cluster says itself what it gives.
+
+    Raises:
+        ConfigError: The accelerator is not there, or the number of processes is said twice.
+    """
+    if cluster is not None:
+        if jobs is not None:
+            raise ConfigError("--jobs is for this machine. With --cluster, at_once in its file says how many.")
+        return Machine(min(cluster.at_once * cluster.processes, cells), cluster.threads, cluster.gpus, cluster)
+    accelerator = choose_accelerator(experiment.hardware.accelerator)
+    wanted = experiment.hardware.threads
+    cores = torch.get_num_threads() if wanted == "auto" else wanted
+    gpus = torch.cuda.device_count() if accelerator == "cuda" else 0
+    most = {"cuda": gpus, "mps": 1}.get(accelerator, cores)
+    processes = max(1, min(jobs or most, cells))
+    return Machine(processes, max(1, cores // processes), gpus)
+
+
+def _inputs(comparison: Comparison) -> dict[str, Any]:
+    """What the results of cells depend on, beside the experiment: a resumed comparison must have the same."""
+    prepared, foreign, held_out = comparison.prepared, comparison.foreign, comparison.held_out
+    hardware = prepared.experiment.hardware
+    wanted = hardware.accelerator
+    accelerator = choose_accelerator(wanted) if wanted == "auto" else wanted  # which a cluster has, and this may not
+    cases = {name: [case for case in prepared.dataset.cases if prepared.whole_split.get(case.id) == name]
+             for name in ("train", "val", "test")}  # fmt: skip
+    return {
+        "accelerator": accelerator,
+        "precision": choose_precision(hardware.precision, accelerator)[0],
+        **{f"{name} cases": content(prepared, found) for name, found in cases.items()},
+        "images of TPP": content(prepared, prepared.tpp),
+        **({_FOREIGN: content(foreign, foreign.tpp)} if foreign else {}),
+        **({_HELD_OUT: held_out.title} if held_out else {}),
+    }
+
+
+def _refuse_other_data(out: Path, now: dict[str, Any]) -> None:
+    before = read_json(out / _INPUTS) if (out / _INPUTS).is_file() else {}
+    now = {name: value for name, value in now.items() if name in before or name != _FOREIGN}  # they may be added
+    changed = [name for name in now if json.dumps(before.get(name)) != json.dumps(now[name])]
+    if changed:
+        raise ConfigError(
+            f"{out} was made otherwise, so its cells and new ones could not be compared. Use --overwrite, or another "
+            f"--out. What differs: {', '.join(changed)}."
+        )
+
+
+@contextmanager
+def hold(out: Path) -> Iterator[None]:
+    """Keep other processes out of a comparison's folder, from before it is made or replaced until its report is there.
+
+    Raises:
+        OutputError: Another process is at work in it.
+    """
+    prepare_folder(out.parent, resume=True)
+    path = out.parent / f".{out.name}.lock"  # beside the folder, which --overwrite deletes
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise OutputError(f"Another process is at work in {out}. Wait for it, or name another folder.") from None
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # Windows keeps open files; deleted after the release, it could be another's by then
+            path.unlink(missing_ok=True)
+        lock.release()
