@@ -283,7 +283,7 @@ def _opened(planned: Planned, mistakes: list[str], dry: bool, *, jobs: int | Non
         )
     except ConfigError as error:
         mistakes.append(f"{planned.title}: {error}")
-    except MedtppError as error:
+    except (MedtppError, OSError) as error:
         return replace(planned, failed=str(error))
     else:
         return replace(planned, comparison=comparison)
