@@ -75,12 +75,7 @@ def test_each_is_told_against_the_same_standard():
     assert "TPP by mae" in file["arms"][1]["description"]
     assert {(one["tuner"], one["pretext"]) for one in file["tpp"]} == {("lora", ""), ("lora", "simmim")}
     page = (folder / "report.html").read_text()
-    for part in (
-        "lora tpp simmim",
-        "lora simmim, 12 labels",
-        "<strong>lora simmim.</strong>",
-        "<strong>lora.</strong>",
-    ):
+    for part in ("lora tpp simmim", "lora simmim, 12 labels", "<strong>lora.</strong>"):
         assert part in page
 
 
@@ -152,10 +147,10 @@ def test_costs_are_those_of_the_task():
 def test_tasks_that_do_not_fit_are_refused_together():
     resnet = ("backbone.name=resnet18", "backbone.weights=random", "pretext=simclr")
     said = refused(
-        *command(*(part for one in resnet for part in ("--set", one))), "--dry-run", "--pretext", "mae,simmim"
+        *command(*(part for one in resnet for part in ("--set", one))), "--dry-run", "--pretext", "mae,features"
     )
     assert "The pretext task mae does not fit" in said
-    assert "The pretext task simmim does not fit" in said
+    assert "The pretext task features does not fit" in said
     said = refused(*command("--tuner", "lora,ladder,linear"), "--dry-run", "--pretext", "simmim,features")
     assert "linear has no target parameters" in said
 

@@ -13,8 +13,7 @@ from medtpp.data.phantom import write_folder
 from medtpp.errors import ConfigError
 from medtpp.files import read_json
 from medtpp.report.schema import StudyFile
-from medtpp.workflow.compare import Axes, open_study, study_of
-from medtpp.workflow.compare.parts import StudyPart
+from medtpp.workflow.compare import Axes, keep_study, open_study, study_of
 from medtpp.workflow.compare.study_file import folder_name, is_study, read_study
 from runs import (
     SIZE,
@@ -166,6 +165,20 @@ def test_what_would_not_be_the_same_study_is_refused():
     assert "has first, fold 1, which this study leaves out" in refused(again[0], fewer, *again[2:])
 
 
+def test_results_are_replaced_when_all_is_known_to_be_well(tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(studied()[0], copy)
+    again = (*command(), "--out", copy, "--overwrite")
+    assert "no metric dice" in refused(*again, "--metric", "dice")
+    assert len(list(copy.glob("*/fold*/cells/*/*/seed0/complete.json"))) == 8
+    study = read_study(study_file(), settings(*STEPS)[1::2], {})
+    opened = open_study(study, copy, overwrite=True)
+    assert sum(one.counts(copy)[0] for one in opened.parts if one.comparison) == 0
+    keep_study(opened, copy, overwrite=True)
+    assert not list(copy.glob("*/fold*/cells"))
+    assert len(list(copy.glob("*/fold*/split.csv"))) == 4
+
+
 def test_a_comparison_and_a_study_do_not_share_a_folder(tmp_path):
     folder, _ = studied()
     assert "holds a study" in refused("compare", data_folder(), *settings(*STEPS), "--out", folder, "--resume")
@@ -211,9 +224,7 @@ margin: -1
     said = refused("compare", write_study(tmp_path, text), "--dry-run")
     for part in ("exclude each other", "the folder a", "no backbone is called 'nobody'", "named twice", "a: The tuner"):
         assert part in said
-    assert "said in" in refused("compare", tmp_path / "study.yaml", "--dry-run", "--modality", "xray").replace(
-        "say them in", "said in"
-    )
+    assert "are of one data set" in refused("compare", tmp_path / "study.yaml", "--dry-run", "--modality", "xray")
 
 
 def test_the_page_shows_a_study(tmp_path):
@@ -257,19 +268,18 @@ def test_folders_have_as_many_levels_as_needed(tmp_path, axes, folders):
     chosen = {"backbones": 0, "folds": 0, "sites": False, **axes}
     chosen["backbones"] = [str(backbone_folder()), str(tmp_path / "other")][: chosen["backbones"]]
     other_weights(tmp_path / "other")
-    study = study_of(Path("x.yaml"), experiment(*STEPS, data=sited_folder()), Axes(labels=(12,), seeds=1), **chosen)
+    study = study_of(experiment(*STEPS, data=sited_folder()), Axes(labels=(12,), seeds=1), **chosen)
     opened = open_study(study, tmp_path / "out", dry_run=True)
     assert [one.part.folder.relative_to(tmp_path / "out").as_posix() for one in opened.parts] == folders
     assert {one.part.dataset for one in opened.parts} == {"sited"}
     assert not (tmp_path / "out").exists()
-    assert all(one.comparison is not None and isinstance(one.part, StudyPart) for one in opened.parts)
-    assert {one.part.backbone for one in opened.parts} == ({"backbone", "other"} if axes.get("backbones") == 2 else
-                                                           {"backbone"} if "backbones" in axes else {""})  # fmt: skip
+    assert all(one.comparison is not None for one in opened.parts)
+    assert {one.part.backbone for one in opened.parts} == set(("backbone", "other")[: axes.get("backbones", 0)] or [""])
 
 
 def test_each_site_is_left_out_once():
     study = study_of(
-        Path("x.yaml"), experiment(*STEPS, data=sited_folder()), Axes(labels=(12,), seeds=1),
+        experiment(*STEPS, data=sited_folder()), Axes(labels=(12,), seeds=1),
         backbones=(), folds=0, sites=True,
     )  # fmt: skip
     opened = open_study(study, None, dry_run=True)
@@ -280,7 +290,7 @@ def test_each_site_is_left_out_once():
         assert test.isdisjoint({case.patient for case in prepared.tpp})
         assert one.part.site not in {case.site for case in prepared.tpp}
         assert None in {case.site for case in prepared.tpp}
-    without = study_of(Path("x.yaml"), experiment(*STEPS), Axes(), backbones=(), folds=0, sites=True)
+    without = study_of(experiment(*STEPS), Axes(), backbones=(), folds=0, sites=True)
     with pytest.raises(ConfigError, match="column 'site' of the manifest"):
         open_study(without, None, dry_run=True)
 
@@ -301,7 +311,7 @@ def test_what_cannot_be_used_does_not_stop_the_rest(tmp_path):
 def test_another_backbone_has_its_own_options():
     written = experiment("backbone.weights=random", "backbone.patch_size=8")
     chosen = {"backbones": (written.backbone.name, "test_vit"), "folds": 0, "sites": False}
-    study = study_of(Path("x.yaml"), written, Axes(), **chosen)
+    study = study_of(written, Axes(), **chosen)
     own, other = (member.experiment.backbone for member, _ in study.variants)
     assert own == written.backbone
     assert (other.name, other.weights, other.patch_size) == ("test_vit", "pretrained", None)
@@ -312,7 +322,7 @@ def test_names_of_folders(tmp_path):
         other_weights(tmp_path / name / "net")
     chosen = {"backbones": [str(tmp_path / name / "net") for name in ("one", "two")], "folds": 0, "sites": False}
     with pytest.raises(ConfigError, match="several backbones would have the folder net"):
-        study_of(Path("x.yaml"), experiment(), Axes(), **chosen)
+        study_of(experiment(), Axes(), **chosen)
     assert folder_name("hf-hub:org/vit") == "hf-hub-org-vit"
     assert folder_name("../x") == "x"
     assert folder_name("..") == "unnamed"

@@ -129,7 +129,7 @@ def compare(
         study = read_study(source, settings or [], given | grid)
     else:
         experiment, axes = experiment_from(source, settings, unlabelled, modality), make_axes(given)
-        study = study_of(source, experiment, axes, backbones=backbones, folds=folds or 0, sites=sites)
+        study = study_of(experiment, axes, backbones=backbones, folds=folds or 0, sites=sites)
     if (single := study.single) is None:
         compare_all(study, out, jobs=jobs, cluster=nodes, dry_run=dry_run, resume=resume, overwrite=overwrite)
     else:

@@ -287,7 +287,7 @@ def _opened(planned: Planned, read: Callable[..., Comparison], out: Path | None,
         )
     except ConfigError as error:
         mistakes.append(f"{planned.title}: {error}")
-    except MedtppError as error:
+    except (MedtppError, OSError) as error:
         return replace(planned, failed=str(error))
     else:
         return replace(planned, comparison=comparison)

@@ -201,18 +201,17 @@ def read_study(source: Path, settings: Sequence[str], given: Mapping[str, Any]) 
     return study
 
 
-def study_of(
-    source: Path, experiment: Experiment, axes: Axes, *, backbones: Sequence[str], folds: int, sites: bool
-) -> Study:
-    """A study of one data set.
+def study_of(experiment: Experiment, axes: Axes, *, backbones: Sequence[str], folds: int, sites: bool) -> Study:
+    """A study of one data set, called as the folder of its manifest or its images is.
 
     Raises:
         ConfigError: All that makes no study.
     """
     path = experiment.data.path
-    named = path if is_name(path) or path.suffix == "" else path.resolve().parent
+    named = path if is_name(path) else path.resolve()
+    named = named.parent if named.suffix.lower() == ".csv" else named
     found = tuple(_found(name, Path()) for name in backbones)
-    study = Study((Member(named.name or source.stem, experiment, axes),), found, folds, sites)
+    study = Study((Member(named.name, experiment, axes),), found, folds, sites)
     if found or folds or sites:  # what is wrong with a single comparison is found when it is opened
         refuse_together("This study cannot be made:", study.problems())
     return study
