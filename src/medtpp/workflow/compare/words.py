@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from medtpp.evaluation.paired import FEWEST_SEEDS, Difference, Verdict
 from medtpp.workflow.compare.plan import Arm
 
-_BASELINES = {
+BASELINES = {
     "standard": "no TPP",
     "longer": "fine-tuning for as long",
     "pissa": "a start by PiSSA",
@@ -79,7 +79,7 @@ def sentence(tuner: str, baseline: Arm, labels: str, gap: Difference, verdict: V
         measure: What is compared.
     """
     where = f"{tuner}, {'all labels' if labels == 'all' else f'{labels} labels'}"
-    against = _BASELINES[baseline.tuner if baseline.is_reference and baseline.tuner != tuner else baseline.init]
+    against = BASELINES[baseline.tuner if baseline.is_reference and baseline.tuner != tuner else baseline.init]
     estimate, seeds, title, unit = gap.estimate, len(gap.by_seed), measure.title, measure.noun
     if verdict == "undefined" or estimate.value is None or estimate.low is None or estimate.high is None:
         return f"{where}: the difference between TPP and {against} is undefined."
