@@ -191,35 +191,36 @@ def critical_figure(
     """
     half = (len(names) + 1) // 2
     sides = [5.0 * max(map(len, part)) + 10 for part in (names[:half], names[half:])]  # points at font size 9
-    inner = max(120.0, 350 - sum(sides))
-    axis, row = 46.0, 17.0
+    inner = max(120.0, 300 - sum(sides))
+    axis, row = 60.0, 17.0
     base = axis + 14 + 7 * len(groups)
-    width, height = sum(sides) + inner, base + row * half
+    height = base + row * half
 
     def place(rank: float) -> float:
         return sides[0] + 6 + (inner - 12) * (rank - 1) / (len(names) - 1)
 
+    width = max(sum(sides) + inner, place(1 + critical) + 6)  # with few data sets it is longer than the axis
     with plotting():
         figure = Figure(figsize=(width / 72, height / 72))
+        figure.set_layout_engine("none")
         axes = figure.add_axes((0, 0, 1, 1))
         axes.set(xlim=(0, width), ylim=(height, 0))
         axes.set_axis_off()
-        end = place(1 + critical)
-        axes.plot([place(1), end], [12, 12], color=INK, marker="|", markersize=8, linewidth=1.4)
-        axes.text(end + 6, 12, f"critical difference {critical:.2f}", fontsize=9, va="center")
+        axes.plot([place(1), place(1 + critical)], [24, 24], color=INK, marker="|", markersize=8, linewidth=1.4)
+        axes.text(place(1), 17, f"critical difference {critical:.2f}", fontsize=9, va="bottom")
         axes.plot([place(1), place(len(names))], [axis, axis], color=INK, linewidth=1.2)
-        for rank in range(1, len(names) + 1):
-            axes.plot([place(rank)] * 2, [axis - 4, axis], color=INK, linewidth=1.2)
-            axes.text(place(rank), axis - 7, str(rank), fontsize=9, ha="center", va="bottom")
-        for number, group in enumerate(groups):
+        for tick in range(1, len(names) + 1):
+            axes.plot([place(tick)] * 2, [axis - 4, axis], color=INK, linewidth=1.2)
+            axes.text(place(tick), axis - 7, str(tick), fontsize=9, ha="center", va="bottom")
+        for row_of_group, group in enumerate(groups):
             ends = [place(ranks[group[0]]) - 3, place(ranks[group[-1]]) + 3]
-            axes.plot(ends, [axis + 9 + 7 * number] * 2, color=MUTED, linewidth=3.6)
+            axes.plot(ends, [axis + 9 + 7 * row_of_group] * 2, color=MUTED, linewidth=3.6)
         for index, (name, rank) in enumerate(zip(names, ranks, strict=True)):
             left = index < half
             y = base + row * (index if left else len(names) - 1 - index) + 6
-            edge = sides[0] - 4 if left else width - sides[1] + 4
+            edge = sides[0] - 4 if left else sides[0] + inner + 4
             colour = PRETRAINED.colour if marked[index] else INK
             axes.plot([place(rank), place(rank), edge], [axis, y, y], color=colour, linewidth=1.2)
-            x, align = (edge - 4, "right") if left else (edge + 4, "left")
-            axes.text(x, y, name, ha=align, va="center", fontsize=9, color=colour, parse_math=False)
+            at, align = (edge - 4, "right") if left else (edge + 4, "left")
+            axes.text(at, y, name, ha=align, va="center", fontsize=9, color=colour, parse_math=False)
         return to_svg(figure, key)

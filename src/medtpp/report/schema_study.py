@@ -20,7 +20,6 @@ class PartFile(FileModel):
     Attributes:
         dataset, backbone, fold, site: What it is; "" where that axis is not there.
         folder: From the study's folder, with slashes; "" where there is no way from there.
-        report: Whether it has a report of its own.
         status: "partial" where cells failed or are missing.
         cells, done: How many there are, and how many are done.
         reason: Why it is left out.
@@ -32,7 +31,6 @@ class PartFile(FileModel):
     fold: str
     site: str
     folder: str
-    report: bool
     status: Literal["done", "partial", "missing", "broken"]
     cells: int = 0
     done: int = 0

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from math import inf, isfinite
 from pathlib import Path
+from statistics import median
 from typing import Any
 from urllib.parse import quote
 
@@ -66,7 +68,7 @@ def study_page(out: Path) -> str:
         reach=[Reached.of(one) for one in file.reach],
         overall=_overall(file.reach),
         measures=sorted({one.measure for one in file.reach}),
-        link_to=link_to,
+        link_to=lambda part: link_to(part, out),
         failed=_failed(file.parts),
         left_out=[(one, without_folders(one.reason)) for one in file.parts if one.status in ("missing", "broken")],
         notes=[without_folders(note) for note in file.notes],
@@ -132,9 +134,9 @@ def _row_of_set(one: GainFile, data: SetFile) -> Row:
 
 def _rows_of_mean(one: PooledFile) -> list[Row]:
     """The mean on these sets, and where there are enough of them on sets like these."""
-    kinds = [("Mean of these data sets", one.these, "these")]
+    kinds = [("Mean, these sets", one.these, "these")]
     if one.like_these is not None:
-        kinds.append(("Mean of data sets like these", one.like_these, "like these"))
+        kinds.append(("Mean, sets like these", one.like_these, "like these"))
     return [
         Row(
             title=title,
@@ -181,9 +183,8 @@ def _other_forests(others: list[PooledFile], scales: dict[Unit, Scale], file: Ac
 def _scale(file: AcrossFile, unit: Unit) -> Scale:
     factor = UNITS[unit][0]
     metrics: list[MetricFile] = [one for one in file.gains if one.unit == unit]
-    metrics += [
-        one for pooled in file.pooled if pooled.unit == unit for one in (pooled.these, pooled.like_these) if one
-    ]
+    means = [one for one in file.pooled if one.unit == unit]
+    metrics += [one for mean in means for one in (mean.these, mean.like_these) if one is not None]
     margins = [one.margin for one in file.sets if one.unit == unit]
     ends = [end for one in metrics for end in (one.low, one.value, one.high) if end is not None]
     return scale_over([factor * end for end in [0.0, *margins, *(-margin for margin in margins), *ends]])
@@ -246,10 +247,10 @@ class Curves:
 
 
 def _efficiency(file: AcrossFile) -> list[Curves]:
-    found = []
+    found: list[Curves] = []
     pairs = dict.fromkeys((one.arm, one.baseline) for one in file.gains if one.kind == STANDARD)
     for arm, baseline in pairs:
-        plots = []
+        plots: list[tuple[str, Markup, str]] = []
         for data in file.sets:
             lines = {}
             for look, name in ((figures.BASELINE, baseline), (figures.PRETRAINED, arm)):
@@ -312,24 +313,49 @@ def _ends(low: float | None, high: float | None) -> str:
     return f" ({percent(low, 0) if low is not None else 'never'} – {percent(high, 0) if high is not None else 'never'})"
 
 
-def _overall(reach: Iterable[ReachFile]) -> list[tuple[str, str, int, int, str]]:
-    """For each arm and level: on how many sets TPP is there sooner than its baseline, and costs less until there."""
+@dataclass(frozen=True)
+class Overall:
+    """An arm at a level of labels over the data sets, as texts: medians, and on how many sets TPP saves something."""
+
+    arm: str
+    level: str
+    share: str
+    own: str
+    sooner: str
+    cost: str
+    cheaper: str
+
+
+def _overall(reach: Iterable[ReachFile]) -> list[Overall]:
     groups: dict[tuple[str, str], list[ReachFile]] = {}
     for one in reach:
         groups.setdefault((one.arm, one.level), []).append(one)
     found = []
     for (arm, level), every in groups.items():
-        sooner = sum(one.share is not None and (one.own_share is None or one.share < one.own_share) for one in every)
-        costed = [one for one in every if one.costed]
-        cheaper = sum(one.cost is not None and one.cost < 1 for one in costed)
-        told = f"{cheaper} of {len(costed)}" if costed else NONE
-        found.append((arm, level, sooner, len(every), told))
+        shares, own = [_or_never(one.share) for one in every], [_or_never(one.own_share) for one in every]
+        costs = [_or_never(one.cost) for one in every if one.costed]
+        sooner = sum(ours < theirs for ours, theirs in zip(shares, own, strict=True))
+        cheaper = f"{sum(cost < 1 for cost in costs)} of {len(costs)}" if costs else NONE
+        told = (_median(shares), _median(own), f"{sooner} of {len(every)}", _median(costs), cheaper)
+        found.append(Overall(arm, level, *told))
     return found
 
 
-def link_to(part: PartFile) -> str:
-    """The way to a comparison's own report, for a link; "" where there is none."""
-    return f"{quote(part.folder)}/report.html" if part.report else ""
+def _or_never(value: float | None) -> float:
+    return inf if value is None else value
+
+
+def _median(values: list[float]) -> str:
+    if not values:
+        return NONE
+    middle = median(values)
+    return percent(middle, 0) if isfinite(middle) else "not reached"
+
+
+def link_to(part: PartFile, out: Path) -> str:
+    """The way from the study to a comparison's own report, for a link; "" where there is none."""
+    way = f"{part.folder}/report.html"
+    return quote(way) if part.folder and (out / way).is_file() else ""
 
 
 def _failed(parts: Iterable[PartFile]) -> list[tuple[str, str, str]]:

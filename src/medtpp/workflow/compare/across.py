@@ -79,9 +79,8 @@ def _read(parts: Iterable[StudyPart], out: Path) -> tuple[list[Finished], list[P
     finished: list[Finished] = []
     told: list[PartFile] = []
     for part in parts:
-        way = _way(part.folder, out)
         named: dict[str, Any] = {name: getattr(part, name) for name in ("dataset", "backbone", "fold", "site")}
-        named |= {"folder": way, "report": bool(way) and (part.folder / "report.html").is_file()}
+        named["folder"] = _way(part.folder, out)
         try:
             one = read_finished(part)
         except MedtppError as error:
