@@ -8,11 +8,13 @@ import pandas as pd
 
 from comparisons import write_comparison
 from medtpp.evaluation import Segmentations, write_predictions, write_segmentations
-from medtpp.files import write_json
+from medtpp.files import read_json, write_json
+from medtpp.workflow.compare.across import summarise_study
 from medtpp.workflow.compare.parts import StudyPart
 from prediction_tables import binary
 
 LABELS = (30, 150, "all")
+NAME = '<b>set</b> "1" & {{ 7 * 7 }}'
 
 
 def cells_of(folder):
@@ -40,6 +42,7 @@ def write_part(folder, score, *, labels=LABELS, seeds=6, cases=20, noise=0.02, m
             columns = {name: list(values) for name, values in log(row["arm"], int(row["seed"])).items()}
             pd.DataFrame(columns).to_csv(folder / row["folder"] / "finetune" / "log.csv", index=False)
     add_times(folder)
+    add_pairs(folder)
     return folder
 
 
@@ -84,6 +87,35 @@ def add_times(folder, seconds=100.0, tpp_seconds=40.0):
     table["seconds"] = seconds
     table["tpp_seconds"] = np.where(table.init == "tpp", tpp_seconds, np.nan)
     table.to_csv(folder / "cells.csv", index=False)
+
+
+def add_pairs(folder):
+    """TPP against longer fine-tuning and the references, where they are."""
+    told = read_json(folder / "comparison.json")
+    arms, pairs = {arm["name"]: arm for arm in told["arms"]}, list(told["differences"])
+    for pair in told["differences"]:
+        for name, arm in arms.items():
+            if (arm["init"] == "longer" and arm["tuner"] == arms[pair["arm"]]["tuner"]) or arm["tuner"] == "linear":
+                pairs.append(pair | {"baseline": name})
+    write_json(folder / "comparison.json", told | {"differences": pairs})
+
+
+def write_study(out):
+    """A study whose names try to break out of its page, with its summary: three sets, two tuners, HD95, failures."""
+    arms = {"tuners": ("lora", "ssf"), "extras": ("longer", "linear"), "seeds": 5, "cases": 8}
+    failed = [{"cell": "lora tpp, 30 labels, seed 1", "reason": "Cannot read /home/doctor/scans/1.png: <i>broken</i>"}]
+    names = (NAME, "a_name_without_spaces_that_is_longer_than_a_phone_is_wide", "third")
+    parts = []
+    for number, name in enumerate(names):
+        score = rising((0.03, 0.01 * number), scatter=0.01)
+        labels = (20 + 10 * number, "all")
+        folder = write_part(out / f"set {number}", score, labels=labels, failed=failed if number == 1 else [], **arms)
+        parts.append(part(folder, dataset=name))
+    distance = {"metric": "hd95", "higher_is_better": False, "seeds": 5, "cases": 8, "labels": (20, "all")}
+    parts.append(part(write_part(out / "distance", rising((-0.1, 0.1)), **distance), site="north"))
+    parts.append(part(out / "nowhere", backbone="vit", fold="2"))
+    summarise_study(parts, out)
+    return out
 
 
 def rising(gains, base=0.6, scatter=0.0):
