@@ -167,7 +167,8 @@ def test_paper_shows_everything(opened, kind):
     page = opened(kind)
     page.emulate_media(media="print")
     page.evaluate("dispatchEvent(new Event('beforeprint'))")
-    assert page.locator("pre").is_visible()
+    assert page.locator("details > :not(summary)").count()
+    assert all(part.is_visible() for part in page.locator("details > :not(summary)").all())
     assert not page.locator("nav").is_visible()
     assert page.locator("details:not([open])").count() == 0
     page.evaluate("dispatchEvent(new Event('afterprint'))")
