@@ -59,7 +59,7 @@ def test_known_gains_come_out():
     assert lowest.wilcoxon_holm == pytest.approx(4 / 64)
     assert "lora, lowest label count (20 to 30): TPP helps: over 6 data sets it is 4.0 points better" in lowest.sentence
     assert "Taken alone, TPP helps on 6, hurts on 0 of them." in lowest.sentence
-    assert found.answer.endswith("The mean gain is +4.0 points. Measured on 6 data sets.")
+    assert found.answer.endswith("Mean gains: +4.0 points. Measured on 6 data sets.")
     assert AcrossFile.model_validate(read_json(root / "across.json")) == found
 
 
@@ -130,6 +130,7 @@ def test_units_are_never_averaged_and_less_may_be_better(tmp_path):
     assert [(one.unit, one.sets, one.verdict) for one in found.pooled] == [("points", 2, "helps"), ("mm", 2, "helps")]
     assert found.pooled[1].these.value == pytest.approx(0.4)
     assert "0.40 mm better" in found.pooled[1].sentence
+    assert "Mean gains: +3.0 points; +0.40 mm." in found.answer
     assert "different units are never averaged" in " ".join(found.notes)
     assert "signs are turned" in " ".join(found.notes)
 

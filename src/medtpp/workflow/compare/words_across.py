@@ -149,18 +149,20 @@ def answer(main: Sequence[PooledFile], sets: int) -> str:
         result = f"{parts[0][0].upper()}{parts[0][1:]}"
     else:
         result = f"Of {len(main)} averages over data sets, {'; '.join(parts)}"
-    best = max(main, key=lambda one: one.these.value or 0.0)
-    worst = min(main, key=lambda one: one.these.value or 0.0)
-    measure = measure_of(best.unit, best.margin)
-    told = ""
-    if best.these.value is not None and worst.these.value is not None and best.unit == worst.unit:
-        low, high = measure.signed(worst.these.value), measure.signed(best.these.value)
-        told = f" The mean gain is {high}{measure.noun}." if low == high else (
-            f" Mean gains are from {low} to {high}{measure.noun}."
-        )  # fmt: skip
+    gains: dict[Unit, list[float]] = {}
+    for one in main:
+        if one.these.value is not None:
+            gains.setdefault(one.unit, []).append(one.these.value)
+    spans = [_gain_span(values, measure_of(unit, 0.0)) for unit, values in gains.items()]
+    told = f" Mean gains: {'; '.join(spans)}." if spans else ""
     some = any(one.scope == "these" for one in main)
     caution = " So few data sets say nothing of others." if some else ""
     return f"{question} {result}.{told} Measured on {sets} data set{'s' if sets != 1 else ''}.{caution}"
+
+
+def _gain_span(values: Sequence[float], measure: Measure) -> str:
+    low, high = measure.signed(min(values)), measure.signed(max(values))
+    return f"{low}{measure.noun}" if low == high else f"{low} to {high}{measure.noun}"
 
 
 def ranks_sentence(ranking: RankFile) -> str:
