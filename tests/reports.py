@@ -14,6 +14,7 @@ from medtpp.evaluation import Predictions, choose_thresholds, evaluate, read_pre
 from medtpp.files import write_json
 from medtpp.report import write_report
 from runs import run_folder
+from studies import write_study
 
 NASTY = ('<script>alert("x")</script>', "Läsion, \"groß\" & 'klein' $x_2$ {{ 7 * 7 }}")
 _HOLD = TemporaryDirectory(prefix="medtpp-reports-")
@@ -76,6 +77,7 @@ def pages():
         "several labels": page(several),
         "small comparison": page(write_comparison(root / "small", seeds=1)),
         "large comparison": page(write_comparison(root / "large", **large, data=NASTY[0])),
+        "study": page(write_study(root / "study")),
     }
 
 

@@ -13,7 +13,9 @@ from medtpp.evaluation.paired import Difference
 from medtpp.files import read_json
 from medtpp.report import write_report
 from medtpp.workflow.compare import Axes, Comparison, hold, open_comparison, summarise
+from medtpp.workflow.compare.across import summarise_study
 from medtpp.workflow.compare.comparison import Budget, Machine
+from medtpp.workflow.compare.parts import StudyPart
 from medtpp.workflow.compare.plan import Arm, Cell, base_experiment, cell_experiment
 from medtpp.workflow.compare.words import Measure, sentence
 from medtpp.workflow.compare.work import Timing
@@ -69,6 +71,21 @@ def test_every_cell_is_done_and_told():
     assert max(map(len, said.out.splitlines())) <= 80
     assert "2 seeds are too few" in said.text
     assert (folder / "report.html").is_file()
+
+
+def test_a_study_of_one_comparison_says_the_same(tmp_path):
+    """Same draws, same intervals: a study's page does not contradict the comparison's own."""
+    folder, _ = compared()
+    found = summarise_study([StudyPart("phantom", "", "", "", folder)], tmp_path)
+    told = read_json(folder / "comparison.json")
+    assert [one.name for one in found.levels] == ["12", "all"]
+    for ours, theirs in zip(found.gains, told["differences"], strict=True):
+        assert (ours.level, ours.arm, ours.baseline) == (theirs["labels"], theirs["arm"], theirs["baseline"])
+        assert ours.value == pytest.approx(theirs["value"])
+        assert (ours.low, ours.high, ours.p) == pytest.approx((theirs["low"], theirs["high"], theirs["p"]))
+    assert {(one.measure, one.seeds, one.costed) for one in found.reach} == {("training loss", 2, True)}
+    assert all(one.steps is None or 0 < one.steps <= one.total for one in found.reach)
+    assert len(found.equal) == 2
 
 
 def test_arms_share_everything_but_the_start():

@@ -124,8 +124,9 @@ def run_blocks(page, namespace):
     return namespace
 
 
-# Those with a test of their own below; evaluation.md brings its own data, and is run by test_evaluation.py.
-APART = ("README", "python", "adapter", "extending", "evaluation")
+# Those with a test of their own below; evaluation.md and study-summary.md are run where their data are made, by
+# test_evaluation.py and test_study_report.py.
+APART = ("README", "python", "adapter", "extending", "evaluation", "study-summary")
 
 
 @pytest.mark.parametrize(

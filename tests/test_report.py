@@ -24,7 +24,7 @@ def run(tmp_path):
     return Path(shutil.copytree(run_folder(), tmp_path / "run"))
 
 
-KINDS = ("run", "nasty", "several labels", "small comparison", "large comparison")
+KINDS = ("run", "nasty", "several labels", "small comparison", "large comparison", "study")
 
 
 # What every page is

@@ -10,11 +10,12 @@ from medtpp.report import write_report
 from reports import NASTY, rename_classes
 from runs import run_folder
 from segmented import table_of, write_segmented_run
+from studies import write_study
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs `pip install playwright`")
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="needs Chromium or Chrome")
-KINDS = ("run", "masks", "small", "large")
+KINDS = ("run", "masks", "small", "large", "study")
 LEAST_CONTRAST = 4.5
 
 # The least contrast of any text with the ground it stands on, and the text; what is hidden is left out.
@@ -61,6 +62,7 @@ def reports(tmp_path_factory):
     write_segmented_run(root / "masks", table_of(40, structures=NASTY))
     write_comparison(root / "small", seeds=1)
     write_comparison(root / "large", **large, data="a_name_without_spaces_that_is_longer_than_a_phone_is_wide")
+    write_study(root / "study")
     return {kind: write_report(root / kind).as_uri() for kind in KINDS}
 
 
@@ -165,7 +167,8 @@ def test_paper_shows_everything(opened, kind):
     page = opened(kind)
     page.emulate_media(media="print")
     page.evaluate("dispatchEvent(new Event('beforeprint'))")
-    assert page.locator("pre").is_visible()
+    assert page.locator("details > :not(summary)").count()
+    assert all(part.is_visible() for part in page.locator("details > :not(summary)").all())
     assert not page.locator("nav").is_visible()
     assert page.locator("details:not([open])").count() == 0
     page.evaluate("dispatchEvent(new Event('afterprint'))")

@@ -8,7 +8,7 @@ weights and the order of the batches. The crossed bootstrap draws both, independ
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal, Protocol
 
@@ -151,10 +151,15 @@ class Scores:
         rows = [self.seeds.index(seed) for seed in seeds]
         return replace(self, seeds=tuple(seeds), values=self.values[rows], resampled=self.resampled[rows])
 
+    @property
+    def draws(self) -> Floats:
+        """(R,) the mean over the seeds in each draw of patients and seeds."""
+        means: Floats = (self.resampled * _seed_weights(self)).sum(axis=0)
+        return means
+
     def mean(self) -> Estimate:
         """The mean over the seeds, with an interval over patients and seeds."""
-        draws = (self.resampled * _seed_weights(self)).sum(axis=0)
-        return summarise(float(self.values.mean()), draws, self.bootstrap.level)
+        return summarise(float(self.values.mean()), self.draws, self.bootstrap.level)
 
 
 @dataclass(frozen=True)
@@ -166,12 +171,14 @@ class Difference:
         narrow: The interval at twice the error rate (90% for 95%), for two one-sided tests of equivalence.
         p: Two-sided p-value of the crossed bootstrap; None where no difference can be computed.
         by_seed: Difference of each seed that both arms have; None where the metric is undefined.
+        draws: (R,) the mean paired difference in each draw of patients and seeds.
     """
 
     estimate: Estimate
     narrow: Estimate
     p: float | None
     by_seed: dict[int, float | None]
+    draws: Floats = field(default_factory=lambda: np.empty(0), repr=False, compare=False)
 
 
 def resample(runs: Mapping[int, Scorable], metric: str, bootstrap: Bootstrap) -> Scores:
@@ -227,12 +234,18 @@ def difference(arm: Scores, baseline: Scores) -> Difference:
     ours, theirs = arm.select(shared), baseline.select(shared)
     values, gaps = ours.values - theirs.values, ours.resampled - theirs.resampled
     draws = (gaps * _seed_weights(ours)).sum(axis=0)
-    level, value = arm.bootstrap.level, float(values.mean())
+    by_seed = {seed: None if np.isnan(gap) else float(gap) for seed, gap in zip(shared, values, strict=True)}
+    return drawn_difference(float(values.mean()), draws, arm.bootstrap.level, by_seed)
+
+
+def drawn_difference(value: float, draws: Floats, level: float, by_seed: dict[int, float | None]) -> Difference:
+    """A difference from its value and its (R,) draws, of which not-a-number means undefined."""
     return Difference(
         estimate=summarise(value, draws, level),
         narrow=summarise(value, draws, 1 - 2 * (1 - level)),
-        p=_p_value(draws),
-        by_seed={seed: None if np.isnan(gap) else float(gap) for seed, gap in zip(shared, values, strict=True)},
+        p=p_value(draws),
+        by_seed=by_seed,
+        draws=draws,
     )
 
 
@@ -261,13 +274,20 @@ def judge(found: Difference, p_adjusted: float | None, *, metric: str, margin: f
         the margin; "too few seeds" below 5 of them; "undefined" where the metric is. Else "no difference seen", which
         is not "equivalent".
     """
-    value, narrow = found.estimate.value, found.narrow
+    if found.estimate.value is not None and len(found.by_seed) < FEWEST_SEEDS:
+        return "too few seeds"
+    return decide(found.estimate, found.narrow, p_adjusted, margin=margin, lower_is_better=metric in LOWER_IS_BETTER)
+
+
+def decide(
+    estimate: Estimate, narrow: Estimate, p_adjusted: float | None, *, margin: float, lower_is_better: bool = False
+) -> Verdict:
+    """What may be said of a difference as far as its numbers go, however many seeds are behind it; see `judge`."""
+    value = estimate.value
     if value is None:
         return "undefined"
-    if len(found.by_seed) < FEWEST_SEEDS:
-        return "too few seeds"
     if p_adjusted is not None and p_adjusted < SIGNIFICANT and value:
-        return "helps" if (value > 0) != (metric in LOWER_IS_BETTER) else "hurts"
+        return "helps" if (value > 0) != lower_is_better else "hurts"
     if narrow.low is not None and narrow.high is not None and -margin < narrow.low and narrow.high < margin:
         return "equivalent"
     return "no difference seen"
@@ -283,7 +303,7 @@ def _seed_weights(scores: Scores) -> Floats:
     return shares
 
 
-def _p_value(draws: Floats) -> float | None:
+def p_value(draws: Floats) -> float | None:
     """Twice the smaller share of the resamples at or beyond zero, never below what R resamples can show."""
     defined = draws[~np.isnan(draws)]
     if not len(defined):

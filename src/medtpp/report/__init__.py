@@ -1,4 +1,4 @@
-"""Reports: a finished run or comparison (files) -> one self-contained HTML page. Loads no model."""
+"""Reports: a finished run, comparison or study (files) -> one self-contained HTML page. Loads no model."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from medtpp.errors import DataError
 from medtpp.files import write_text
 from medtpp.report.comparison import comparison_page
 from medtpp.report.run import run_page
+from medtpp.report.study import study_page
 
 __all__ = ["write_report"]
 
@@ -15,19 +16,22 @@ REPORT = "report.html"
 
 
 def write_report(folder: Path) -> Path:
-    """Write `report.html` into the folder of a finished run or comparison. No model and no data set is read.
+    """Write `report.html` into the folder of a finished run, comparison or study. No model and no data set is read.
 
     Args:
-        folder: Made by `medtpp run` or `medtpp compare`.
+        folder: Made by `medtpp run` or `medtpp compare`, or that of a study with its summary.
 
     Returns:
         The file. It needs nothing beside itself and holds no path of this machine.
+        The page of a study has links to its comparisons' own.
 
     Raises:
         DataError: The folder is neither, is not finished, or a file in it is missing or broken.
         OutputError: The report cannot be written.
     """
-    if (folder / "comparison.json").is_file():
+    if (folder / "across.json").is_file():
+        page = study_page(folder)
+    elif (folder / "comparison.json").is_file():
         page = comparison_page(folder)
     elif (folder / "summary.json").is_file():
         page = run_page(folder)

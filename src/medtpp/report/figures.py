@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 from markupsafe import Markup
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from medtpp.report.curves import Band, ClassCurve, smooth
@@ -128,16 +129,21 @@ def reliability_figure(bins: pd.DataFrame) -> Markup:
 
 
 def efficiency_figure(
-    lines: Mapping[Series, Sequence[tuple[int, float, float | None, float | None]]], title: str
+    lines: Mapping[Series, Sequence[tuple[float, float, float | None, float | None]]],
+    title: str,
+    key: str = "efficiency",
+    size: tuple[float, float] = (4.8, 3.6),
 ) -> Markup:
     """A metric over the number of labels, with intervals.
 
     Args:
         lines: Points of a number of labels, value, low and high, ascending, by arm.
         title: Of the metric.
+        key: Unique in the page.
+        size: Width and height in inches.
     """
     with plotting():
-        figure, (axes,) = panels(width=4.8, height=3.6)
+        figure, (axes,) = panels(width=size[0], height=size[1])
         counts = sorted({point[0] for points in lines.values() for point in points})
         step = (counts[-1] / counts[0]) ** 0.013  # of the logarithmic axis
         for index, (look, points) in enumerate(lines.items()):
@@ -150,7 +156,7 @@ def efficiency_figure(
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
         axes.set(xlabel="labelled cases", ylabel=title)
-        return to_svg(figure, "efficiency")
+        return to_svg(figure, key)
 
 
 def bands_figure(bands: Mapping[Series, Band], key: str, title: str) -> Markup:
@@ -162,4 +168,59 @@ def bands_figure(bands: Mapping[Series, Band], key: str, title: str) -> Markup:
             axes.plot(band.step, band.mean, **look.line)
         axes.set_title(title)
         _steps(axes)
+        return to_svg(figure, key)
+
+
+def critical_figure(
+    names: Sequence[str],
+    ranks: Sequence[float],
+    groups: Sequence[Sequence[int]],
+    critical: float,
+    marked: Sequence[bool],
+    key: str,
+) -> Markup:
+    """A critical difference diagram (Demšar, JMLR 2006): arms on an axis of mean ranks, bars over those not told apart.
+
+    Args:
+        names: Of the arms, best first.
+        ranks: Their mean ranks.
+        groups: Indices of arms that are not told apart.
+        critical: The critical difference.
+        marked: Which arms stand out in colour.
+        key: Unique in the page.
+    """
+    half = (len(names) + 1) // 2
+    sides = [5.0 * max(map(len, part)) + 10 for part in (names[:half], names[half:])]  # points at font size 9
+    inner = max(120.0, 300 - sum(sides))
+    axis, row = 60.0, 17.0
+    base = axis + 14 + 7 * len(groups)
+    height = base + row * half
+
+    def place(rank: float) -> float:
+        return sides[0] + 6 + (inner - 12) * (rank - 1) / (len(names) - 1)
+
+    width = max(sum(sides) + inner, place(1 + critical) + 6)  # with few data sets it is longer than the axis
+    with plotting():
+        figure = Figure(figsize=(width / 72, height / 72))
+        figure.set_layout_engine("none")
+        axes = figure.add_axes((0, 0, 1, 1))
+        axes.set(xlim=(0, width), ylim=(height, 0))
+        axes.set_axis_off()
+        axes.plot([place(1), place(1 + critical)], [24, 24], color=INK, marker="|", markersize=8, linewidth=1.4)
+        axes.text(place(1), 17, f"critical difference {critical:.2f}", fontsize=9, va="bottom")
+        axes.plot([place(1), place(len(names))], [axis, axis], color=INK, linewidth=1.2)
+        for tick in range(1, len(names) + 1):
+            axes.plot([place(tick)] * 2, [axis - 4, axis], color=INK, linewidth=1.2)
+            axes.text(place(tick), axis - 7, str(tick), fontsize=9, ha="center", va="bottom")
+        for row_of_group, group in enumerate(groups):
+            ends = [place(ranks[group[0]]) - 3, place(ranks[group[-1]]) + 3]
+            axes.plot(ends, [axis + 9 + 7 * row_of_group] * 2, color=MUTED, linewidth=3.6)
+        for index, (name, rank) in enumerate(zip(names, ranks, strict=True)):
+            left = index < half
+            y = base + row * (index if left else len(names) - 1 - index) + 6
+            edge = sides[0] - 4 if left else sides[0] + inner + 4
+            colour = PRETRAINED.colour if marked[index] else INK
+            axes.plot([place(rank), place(rank), edge], [axis, y, y], color=colour, linewidth=1.2)
+            at, align = (edge - 4, "right") if left else (edge + 4, "left")
+            axes.text(at, y, name, ha=align, va="center", fontsize=9, color=colour, parse_math=False)
         return to_svg(figure, key)

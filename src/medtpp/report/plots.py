@@ -2,7 +2,7 @@
 
 A plot is drawn with placeholder colours, which become CSS variables: it follows the reader's light or dark ground
 without being drawn twice. No text of the user is drawn (names are in HTML legends), so that nothing has to be escaped,
-long names wrap, and a `$` in a name starts no formula.
+long names wrap, and a `$` in a name starts no formula. Names of arms, which are the code's own, may stand in a plot.
 """
 
 from __future__ import annotations

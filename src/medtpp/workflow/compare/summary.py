@@ -61,7 +61,7 @@ def summarise(comparison: Comparison, out: Path) -> ComparisonFile:
         Seeds(comparison.base.seed).number("bootstrap"),
         "patient" if any(case.patient for case in test) else "case",
     )
-    runs = {cell: _run(cell.folder(out)) for cell in comparison.cells if (cell.folder(out) / MARKER).is_file()}
+    runs = {cell: read_result(cell.folder(out)) for cell in comparison.cells if (cell.folder(out) / MARKER).is_file()}
     scores: dict[tuple[Arm, str], Scores] = {}
     for arm in comparison.arms:
         for labels in comparison.labels:
@@ -127,7 +127,8 @@ def _unit(metric: str, runs: Iterable[Scorable]) -> str:
     return tables[0].unit if tables and metric == "hd95" else ""
 
 
-def _run(folder: Path) -> Scorable:
+def read_result(folder: Path) -> Scorable:
+    """The test results of a cell that is done. Raises DataError where they are broken."""
     masks = folder / "evaluation" / "segmentation.csv"
     if masks.is_file():
         return SegmentationRun(read_segmentations(masks))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from medtpp.evaluation.paired import FEWEST_SEEDS, Difference, Verdict
 from medtpp.workflow.compare.plan import Arm
 
-_BASELINES = {
+BASELINES = {
     "standard": "no TPP",
     "longer": "fine-tuning for as long",
     "pissa": "a start by PiSSA",
@@ -80,7 +80,7 @@ def sentence(arm: Arm, baseline: Arm, labels: str, gap: Difference, verdict: Ver
     """
     tuner, tpp = arm.tuner, f"TPP by {arm.pretext}" if arm.pretext else "TPP"
     where = f"{tuner}, {'all labels' if labels == 'all' else f'{labels} labels'}"
-    against = _BASELINES[baseline.tuner if baseline.is_reference and baseline.tuner != tuner else baseline.init]
+    against = BASELINES[baseline.tuner if baseline.is_reference and baseline.tuner != tuner else baseline.init]
     estimate, seeds, title, unit = gap.estimate, len(gap.by_seed), measure.title, measure.noun
     if verdict == "undefined" or estimate.value is None or estimate.low is None or estimate.high is None:
         return f"{where}: the difference between {tpp} and {against} is undefined."
