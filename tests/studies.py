@@ -9,8 +9,8 @@ import pandas as pd
 from comparisons import write_comparison
 from medtpp.evaluation import Segmentations, write_predictions, write_segmentations
 from medtpp.files import read_json, write_json
-from medtpp.workflow.compare.across import summarise_study
-from medtpp.workflow.compare.parts import StudyPart
+from medtpp.workflow.study.across import summarise_study
+from medtpp.workflow.study.parts import StudyPart
 from prediction_tables import binary
 
 LABELS = (30, 150, "all")

@@ -13,12 +13,12 @@ from medtpp.evaluation.paired import Difference
 from medtpp.files import read_json
 from medtpp.report import write_report
 from medtpp.workflow.compare import Axes, Comparison, hold, open_comparison, summarise
-from medtpp.workflow.compare.across import summarise_study
 from medtpp.workflow.compare.comparison import Budget, Machine
-from medtpp.workflow.compare.parts import StudyPart
 from medtpp.workflow.compare.plan import Arm, Cell, base_experiment, cell_experiment
 from medtpp.workflow.compare.words import Measure, sentence
 from medtpp.workflow.compare.work import Timing
+from medtpp.workflow.study.across import summarise_study
+from medtpp.workflow.study.parts import StudyPart
 from runs import (
     cli,
     compare_command,

@@ -13,8 +13,9 @@ from medtpp.data.phantom import write_folder
 from medtpp.errors import ConfigError
 from medtpp.files import read_json
 from medtpp.report.schema import StudyFile
-from medtpp.workflow.compare import Axes, keep_study, open_study, study_of
-from medtpp.workflow.compare.study_file import folder_name, is_study, read_study
+from medtpp.workflow.compare import Axes
+from medtpp.workflow.study import keep_study, open_study, study_of
+from medtpp.workflow.study.file import folder_name, is_study, read_study
 from runs import (
     SIZE,
     backbone_folder,

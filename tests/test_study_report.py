@@ -11,7 +11,7 @@ from medtpp.errors import DataError
 from medtpp.files import read_json, write_json, write_text
 from medtpp.report import write_report
 from medtpp.report.figures import critical_figure
-from medtpp.workflow.compare.across import summarise_study
+from medtpp.workflow.study.across import summarise_study
 from reports import Page, page
 from studies import NAME, part, rising, write_part, write_study
 

@@ -13,8 +13,8 @@ import pytest
 from medtpp.errors import DataError
 from medtpp.files import read_json, write_json
 from medtpp.report.schema_study import AcrossFile
-from medtpp.workflow.compare.across import summarise_study
-from medtpp.workflow.compare.reach import compare_logs
+from medtpp.workflow.study.across import summarise_study
+from medtpp.workflow.study.reach import compare_logs
 from studies import cells_of, part, rising, write_classes, write_part
 
 _HOLD = TemporaryDirectory(prefix="medtpp-studies-")

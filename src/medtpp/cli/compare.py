@@ -31,8 +31,9 @@ from medtpp.errors import ConfigError, OutputError
 if TYPE_CHECKING:
     from medtpp.report.schema import ComparisonFile
     from medtpp.workflow.cluster import ClusterOptions
-    from medtpp.workflow.compare import Comparison, Member
+    from medtpp.workflow.compare import Comparison
     from medtpp.workflow.compare.plan import Labels
+    from medtpp.workflow.study import Member
 
 
 def compare(
@@ -105,7 +106,7 @@ def compare(
     SOURCE may also be a YAML file with the field experiments: a study over several data sets.
     """
     from medtpp.workflow.cluster import load_cluster
-    from medtpp.workflow.compare import is_study, make_axes, read_study, study_of
+    from medtpp.workflow.study import is_study, make_axes, read_study, study_of
 
     nodes = load_cluster(cluster) if cluster else None
     if out is None and not dry_run:

@@ -14,8 +14,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from medtpp.report.schema import StudyFile
+    from medtpp.report.schema_study import AcrossFile
     from medtpp.workflow.cluster import ClusterOptions
-    from medtpp.workflow.compare import OpenStudy, Outcome, Study
+    from medtpp.workflow.pool import Outcome
+    from medtpp.workflow.study import OpenStudy, Study
 
 
 def compare_all(
@@ -29,11 +31,12 @@ def compare_all(
     overwrite: bool,
 ) -> None:
     """Plan and do a study."""
-    from medtpp.workflow import compare
+    from medtpp.workflow import study as studies
+    from medtpp.workflow.compare import hold
 
     def opened() -> OpenStudy:
         with decoding() as progress:
-            return compare.open_study(
+            return studies.open_study(
                 study,
                 out,
                 jobs=jobs,
@@ -46,25 +49,24 @@ def compare_all(
 
     if dry_run or out is None:
         with console.status("measuring steps"):
-            planned = compare.measure_study(opened(), dry_run=True)
+            planned = studies.measure_study(opened(), dry_run=True)
         _show_plan(planned)
         if any(one.failed for one in planned.parts):
             raise typer.Exit(1)
         return
-    with compare.hold(out):
+    with hold(out):
         begun = opened()
-        with compare.hold_parts(begun):
-            compare.keep_study(begun, out, overwrite=overwrite)
+        with studies.hold_parts(begun):
+            studies.keep_study(begun, out, overwrite=overwrite)
             with console.status("measuring steps"):
-                begun = compare.measure_study(begun)
+                begun = studies.measure_study(begun)
             _show_plan(begun)
             left = [(found.missing_cells(at), found.missing_starts(at)) for found, at in begun.comparisons.values()]
-            follow(compare.run_study(begun, out), sum(len(cells) + len(starts) for cells, starts in left))
-            file = compare.finish_study(begun, out)
-    broken = {one.part for one in file.failed if not one.cell}
-    for one in begun.parts:
-        if one.title not in broken:
-            show_paths(report=one.part.folder / "report.html")
+            follow(studies.run_study(begun, out), sum(len(cells) + len(starts) for cells, starts in left))
+            file, across = studies.finish_study(begun, out)
+    if across is not None:
+        _show_summary(across)
+        show_paths(report=out / "report.html")
     show_paths(cells=out / "cells.csv", study=out / "study.json")
     if file.failed:
         _show_failures(file)
@@ -111,6 +113,15 @@ def _show_plan(study: OpenStudy) -> None:
     for one in study.parts:
         if one.failed:
             errors.print(f"{one.title}: {one.failed}", markup=False, soft_wrap=True)
+
+
+def _show_summary(across: AcrossFile) -> None:
+    """What the comparisons say together."""
+    console.print(f"\n{across.answer}\n", markup=False)
+    for pooled in across.pooled:
+        console.print(pooled.sentence, markup=False)
+    for note in across.notes:
+        console.print(f"note: {note}", markup=False)
 
 
 def _show_failures(file: StudyFile) -> None:

@@ -17,39 +17,7 @@ from medtpp.workflow.compare.axes import Axes
 from medtpp.workflow.compare.comparison import Comparison
 from medtpp.workflow.compare.opening import hold, open_comparison
 from medtpp.workflow.compare.run import measure, run_cells
-from medtpp.workflow.compare.study import (
-    OpenStudy,
-    finish_study,
-    hold_parts,
-    keep_study,
-    measure_study,
-    open_study,
-    run_study,
-)
-from medtpp.workflow.compare.study_file import Member, Study, is_study, make_axes, read_study, study_of
 from medtpp.workflow.compare.summary import summarise
 from medtpp.workflow.pool import Outcome
 
-__all__ = [
-    "Axes",
-    "Comparison",
-    "Member",
-    "OpenStudy",
-    "Outcome",
-    "Study",
-    "finish_study",
-    "hold",
-    "hold_parts",
-    "is_study",
-    "keep_study",
-    "make_axes",
-    "measure",
-    "measure_study",
-    "open_comparison",
-    "open_study",
-    "read_study",
-    "run_cells",
-    "run_study",
-    "study_of",
-    "summarise",
-]
+__all__ = ["Axes", "Comparison", "Outcome", "hold", "measure", "open_comparison", "run_cells", "summarise"]

@@ -11,8 +11,8 @@ from medtpp.evaluation.bootstrap import Estimate
 from medtpp.evaluation.paired import FEWEST_SEEDS, Difference, Verdict, decide, holm, judge
 from medtpp.report.schema import MetricFile
 from medtpp.report.schema_study import GainFile, LevelFile, PooledFile, Scope, Unit
-from medtpp.workflow.compare.sets import DataSet
-from medtpp.workflow.compare.words_across import Pair, measure_of, pooled_sentence
+from medtpp.workflow.study.sets import DataSet
+from medtpp.workflow.study.words import Pair, measure_of, pooled_sentence
 
 _SEED = 0  # of the draws of data sets; those inside a set have the seed of its experiment
 

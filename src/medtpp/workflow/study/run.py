@@ -1,8 +1,4 @@
-"""A study: comparisons over data sets, backbones, and folds or sites, planned and run together.
-
-OUT/study.json, cells.csv             # all parts, and every cell of all of them
-OUT/DATASET/BACKBONE/foldN/           # an ordinary comparison; only axes of several values have a folder
-"""
+"""A study as it is planned and run: its comparisons are opened, timed and done together."""
 
 from __future__ import annotations
 
@@ -19,20 +15,22 @@ from medtpp.data.read import read_dataset
 from medtpp.errors import ConfigError, MedtppError
 from medtpp.report import write_report
 from medtpp.report.schema import StudyFailedFile, StudyFile
+from medtpp.report.schema_study import AcrossFile
 from medtpp.workflow.cluster import ClusterOptions
 from medtpp.workflow.compare.axes import Axes
 from medtpp.workflow.compare.comparison import Comparison, Machine
 from medtpp.workflow.compare.opening import hold, is_comparison, keep_comparison, read_comparison, share_machine
-from medtpp.workflow.compare.parts import StudyPart
 from medtpp.workflow.compare.plan import base_experiment
 from medtpp.workflow.compare.run import measure, run_together
-from medtpp.workflow.compare.study_file import Member, Study, backbone_title, folder_name, shared_folders
-from medtpp.workflow.compare.study_tables import read_study_file, title_of, write_cells, write_study_file
 from medtpp.workflow.compare.summary import summarise
 from medtpp.workflow.compare.work import Timing
 from medtpp.workflow.images import with_task
 from medtpp.workflow.pool import Outcome
 from medtpp.workflow.steps import refuse_folder
+from medtpp.workflow.study.across import summarise_study
+from medtpp.workflow.study.file import Member, Study, backbone_title, folder_name, shared_folders
+from medtpp.workflow.study.parts import StudyPart
+from medtpp.workflow.study.tables import read_study_file, title_of, write_cells, write_study_file
 
 Progress = Callable[[int, int], None]
 
@@ -200,11 +198,11 @@ def run_study(study: OpenStudy, out: Path) -> Iterator[Outcome]:
     return run_together(study.comparisons, study.machine, out)
 
 
-def finish_study(study: OpenStudy, out: Path) -> StudyFile:
-    """Evaluate what is there: each comparison with its report, then the tables of all.
+def finish_study(study: OpenStudy, out: Path) -> tuple[StudyFile, AcrossFile | None]:
+    """Evaluate what is there: each comparison with its report, then the tables, summary and report of all.
 
     Returns:
-        What the study is, and what of it failed.
+        What the study is, and what of it failed; what its comparisons say together, if there is any that says anything.
     """
     failed, finished = [], []
     for one in study.parts:
@@ -224,7 +222,14 @@ def finish_study(study: OpenStudy, out: Path) -> StudyFile:
             failed.append(StudyFailedFile(part=one.title, reason=reason))
     backbones = {one.part.folder: one.experiment.backbone.name for one in study.parts}
     write_cells(out, finished, backbones)
-    return write_study_file(out, study.study, [one.part for one in study.parts if not _unknown(one)], failed)
+    parts, across = [one.part for one in study.parts if not _unknown(one)], None
+    if finished:
+        try:
+            across = summarise_study(parts, out)
+            write_report(out)
+        except MedtppError as error:
+            failed.append(StudyFailedFile(part="summary", reason=str(error)))
+    return write_study_file(out, study.study, parts, failed), across
 
 
 def _parts(study: Study, base: Path, mistakes: list[str]) -> Iterator[Planned]:

@@ -15,13 +15,13 @@ from medtpp.evaluation.ranks import FEWEST_ARMS, FEWEST_SETS, rank_arms
 from medtpp.files import atomic, write_json
 from medtpp.report.schema import ArmFile
 from medtpp.report.schema_study import AcrossFile, PartFile, RankFile, ScoreFile
-from medtpp.workflow.compare.efficiency import equal_of
-from medtpp.workflow.compare.finished import Finished, read_finished
-from medtpp.workflow.compare.gains import find_gains, gain_files, metric_of, pooled_files
-from medtpp.workflow.compare.parts import StudyPart
-from medtpp.workflow.compare.reach import reach_of
-from medtpp.workflow.compare.sets import DataSet, data_sets, pairs_of
-from medtpp.workflow.compare.words_across import answer, notes_of, ranks_sentence
+from medtpp.workflow.study.efficiency import equal_of
+from medtpp.workflow.study.finished import Finished, read_finished
+from medtpp.workflow.study.gains import find_gains, gain_files, metric_of, pooled_files
+from medtpp.workflow.study.parts import StudyPart
+from medtpp.workflow.study.reach import reach_of
+from medtpp.workflow.study.sets import DataSet, data_sets, pairs_of
+from medtpp.workflow.study.words import answer, notes_of, ranks_sentence
 
 _TABLES = ("parts", "sets", "scores", "gains", "pooled", "equal", "reach")
 

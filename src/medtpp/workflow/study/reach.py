@@ -14,9 +14,9 @@ from medtpp.evaluation.convergence import first_reach, median_of
 from medtpp.report.curves import smooth
 from medtpp.report.read import read_table
 from medtpp.report.schema_study import ReachFile
-from medtpp.workflow.compare.finished import Finished, cell_folder
-from medtpp.workflow.compare.sets import DataSet
-from medtpp.workflow.compare.words_across import Pair
+from medtpp.workflow.study.finished import Finished, cell_folder
+from medtpp.workflow.study.sets import DataSet
+from medtpp.workflow.study.words import Pair
 
 Measure = Literal["validation", "training loss"]
 

@@ -13,8 +13,8 @@ from medtpp.evaluation.paired import Difference, Scorable, Scores, difference, d
 from medtpp.report.read import read_experiment, read_model, read_table
 from medtpp.report.schema import ComparisonFile
 from medtpp.seeds import Seeds
-from medtpp.workflow.compare.parts import StudyPart
 from medtpp.workflow.compare.summary import read_result
+from medtpp.workflow.study.parts import StudyPart
 
 _NUMBERS = ("seed", "steps", "seconds", "tpp_seconds")
 

@@ -10,8 +10,8 @@ from medtpp.evaluation.across import average
 from medtpp.evaluation.efficiency import EqualLabels, equal_labels
 from medtpp.evaluation.paired import Difference
 from medtpp.report.schema_study import Beyond, EqualFile
-from medtpp.workflow.compare.sets import DataSet
-from medtpp.workflow.compare.words_across import Pair, equal_sentence
+from medtpp.workflow.study.sets import DataSet
+from medtpp.workflow.study.words import Pair, equal_sentence
 
 
 def equal_of(one: DataSet, pair: Pair) -> list[EqualFile]:

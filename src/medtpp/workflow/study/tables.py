@@ -14,8 +14,8 @@ from medtpp.errors import DataError
 from medtpp.files import atomic, read_json, write_json
 from medtpp.report.schema import StudyFailedFile, StudyFile, StudyPartFile
 from medtpp.workflow.compare.opening import STUDY
-from medtpp.workflow.compare.parts import StudyPart
-from medtpp.workflow.compare.study_file import Study
+from medtpp.workflow.study.file import Study
+from medtpp.workflow.study.parts import StudyPart
 
 CELLS = "cells.csv"
 

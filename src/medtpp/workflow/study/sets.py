@@ -9,9 +9,9 @@ from medtpp.evaluation.across import average
 from medtpp.evaluation.paired import LOWER_IS_BETTER, Difference
 from medtpp.report.schema import ArmFile
 from medtpp.report.schema_study import LevelFile, SetFile, Unit
-from medtpp.workflow.compare.finished import Finished
 from medtpp.workflow.compare.plan import REFERENCES
-from medtpp.workflow.compare.words_across import Pair, level_title, rank_name
+from medtpp.workflow.study.finished import Finished
+from medtpp.workflow.study.words import Pair, level_title, rank_name
 
 ALL = "all"
 
