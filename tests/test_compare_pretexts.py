@@ -90,7 +90,7 @@ def test_a_report_of_an_older_comparison_needs_no_pretext(tmp_path):
 
 
 def test_the_experiments_own_task_is_no_further_arm():
-    written = experiment("pretext.mask_ratio=0.5")
+    written = experiment("pretext=mae", "pretext.mask_ratio=0.5")
     axes = Axes(inits=("standard", "tpp", "random_direction"), pretexts=("simmim", "mae"))
     assert [arm.name for arm in axes.arms(written)] == [
         "lora standard",
@@ -112,16 +112,25 @@ def test_the_experiments_own_task_is_no_further_arm():
 
 
 def test_axes_keep_the_tasks_they_had():
-    written = experiment()
+    written = experiment("pretext=mae")
     before = Axes().resolved(written)
     assert before.pretexts == ("mae",)
     assert Axes(pretexts=("simmim",)).resolved(written).joined(before).pretexts == ("mae", "simmim")
     assert Axes.load(asdict(before)) == before
     assert Axes(inits=("standard",)).resolved(written).pretexts == ()
-    with pytest.raises(ConfigError, match="no pretext 'mea'; there are byol"):
+    with pytest.raises(ConfigError, match="no pretext 'mea'; there are auto, byol"):
         Axes(pretexts=("mea",))
     with pytest.raises(ConfigError, match="--pretext is for the init tpp"):
         Axes(inits=("standard",), pretexts=("mae",))
+
+
+@pytest.mark.parametrize("named", [("simmim",), ("mae", "simmim"), ("auto", "simmim"), ()])
+def test_a_task_that_the_backbone_decides_keeps_its_options(named):
+    written = experiment(*STEPS, "pretext.mask_ratio=0.5")
+    opened = open_comparison(written, Axes(labels=(12,), seeds=1, pretexts=named), None, dry_run=True)
+    own = {"", "simmim"} if len(named) == 2 else set(named) or {""}
+    assert {arm.pretext for arm in opened.arms if arm.init == "tpp"} == own
+    assert (opened.base.pretext.name, opened.base.pretext.mask_ratio) == ("mae", 0.5)
 
 
 def test_a_head_that_is_new_is_warmed_up_whatever_the_others_need():
@@ -137,7 +146,7 @@ def test_costs_are_those_of_the_task():
     axes = Axes(extras=("longer",), labels=("all",), seeds=1, pretexts=("mae", "simmim"))
     budget = Budget(tpp={"": 40, "simmim": 50}, finetune={"all": 30}, batch={"all": 16})
     timings = {"lora 16": first, "lora simmim 16": second}
-    one = Comparison(axes, base_experiment(experiment(), axes), None, budget, Machine(1, 1), timings)
+    one = Comparison(axes, base_experiment(experiment("pretext=mae"), axes), None, budget, Machine(1, 1), timings)
     assert (one.tpp_seconds("lora"), one.tpp_seconds("lora", "simmim")) == (pytest.approx(10), pytest.approx(21))
     cells = {cell.arm.name: cell for cell in one.axes.cells(one.base)}
     assert one.seconds(cells["lora tpp simmim"]) == one.seconds(cells["lora tpp"]) == 16

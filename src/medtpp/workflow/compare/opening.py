@@ -119,8 +119,7 @@ def read_comparison(
     kept = out is not None and not overwrite and (out / _AXES).is_file()
     if out is not None and kept and (resume or dry_run):
         axes = axes.joined(Axes.load(read_json(out / _AXES)).resolved(experiment))
-    base = base_experiment(experiment, axes)
-    _require_pretexts(base, axes)
+    base = _with_pretexts(base_experiment(experiment, axes), axes)
     arms = axes.arms(base)
     with_tpp = sorted((arm for arm in arms if arm.init == "tpp"), key=lambda arm: arm.pretext)  # its own task first
     first = next(iter(with_tpp), arms[0])
@@ -149,22 +148,28 @@ def keep_comparison(comparison: Comparison, out: Path, *, overwrite: bool = Fals
     write_json(out / _INPUTS, _inputs(comparison))
 
 
-def _require_pretexts(base: Experiment, axes: Axes) -> None:
-    """Raise ConfigError with all pretext tasks, beside the experiment's own, that fit a tuner or the backbone badly."""
-    arms = [arm for arm in axes.arms(base) if arm.init == "tpp"]
-    if not any(arm.pretext for arm in arms):
-        return
+def _with_pretexts(base: Experiment, axes: Axes) -> Experiment:
+    """The same with its own pretext task known, where further ones are compared with it.
+
+    Raises:
+        ConfigError: Pretext tasks fit a tuner or the backbone badly; all are told.
+    """
+    if not any(arm.pretext for arm in axes.arms(base)):
+        return base
     backbone = backbones.load(base.backbone)
+    base = base.model_copy(update={"pretext": resolve_pretext(base.pretext, backbone.spec, axes.tuners[0])})
     problems = []
-    for arm in arms:
+    for arm in axes.arms(base):
+        if arm.init != "tpp":
+            continue
         options = cell_experiment(base, Cell(arm, "all", base.seed)).pretext
         try:
-            options = resolve_pretext(options, backbone.spec, arm.tuner)
             pretext, _ = make_pretext(options, backbone, Seeds(base.seed))
             require_pair(arm.tuner, pretext)
         except ConfigError as error:
             problems.append(error.message)
     refuse_together("Pretext tasks do not fit:", problems)
+    return base
 
 
 def _plan(
