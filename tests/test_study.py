@@ -174,7 +174,7 @@ def test_results_are_replaced_when_all_is_known_to_be_well(tmp_path):
     assert len(list(copy.glob("*/fold*/cells/*/*/seed0/complete.json"))) == 8
     study = read_study(study_file(), settings(*STEPS)[1::2], {})
     opened = open_study(study, copy, overwrite=True)
-    assert sum(one.counts(copy)[0] for one in opened.parts if one.comparison) == 0
+    assert sum(one.counts(opened.folder(one))[0] for one in opened.parts if one.comparison) == 0
     keep_study(opened, copy, overwrite=True)
     assert not list(copy.glob("*/fold*/cells"))
     assert len(list(copy.glob("*/fold*/split.csv"))) == 4

@@ -62,10 +62,10 @@ class Planned:
         """In a reader's words."""
         return title_of(self.part)
 
-    def counts(self, out: Path | None) -> tuple[int, int]:
-        """Cells and runs of TPP that are not done; without the data, all that the axes ask for."""
+    def counts(self, folder: Path | None) -> tuple[int, int]:
+        """Cells and runs of TPP that are not done in its folder; without the data, all that the axes ask for."""
         if self.comparison is not None:
-            cells, starts = self.comparison.missing_cells(out), self.comparison.missing_starts(out)
+            cells, starts = self.comparison.missing_cells(folder), self.comparison.missing_starts(folder)
         else:
             axes = self.axes.resolved(self.experiment)
             cells = list(axes.cells(base_experiment(self.experiment, axes)))
