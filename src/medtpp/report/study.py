@@ -165,10 +165,11 @@ def _other_forests(others: list[PooledFile], scales: dict[Unit, Scale], file: Ac
         rows = []
         for one in (one for one in others if one.unit == unit):
             metric = one.like_these if one.scope == "like these" and one.like_these is not None else one.these
+            about = "sets like these" if metric is one.like_these else "these"
             rows.append(
                 Row(
                     title=one.arm,
-                    small=f"against {one.baseline}, {titles[one.level]}, {plural(one.sets, 'data set')}",
+                    small=f"against {one.baseline}, {titles[one.level]}, {about} {one.sets}",
                     margin=one.margin * UNITS[unit][0],
                     verdict=one.verdict,
                     text=span_text(metric, unit),
