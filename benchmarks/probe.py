@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 import medtpp
-from _features import CLASSIFIERS, features, few_label_auc
+from _features import features
 from medtpp.backbones import Backbone
 from medtpp.backbones.folder import save_backbone
 from medtpp.config import DataOptions
@@ -27,6 +27,7 @@ from medtpp.data.cache import build
 from medtpp.data.fingerprints import Fingerprints
 from medtpp.data.preprocess import Preprocessing
 from medtpp.data.read import read_dataset
+from medtpp.evaluation.probe import CLASSIFIERS, few_label_auc
 
 ARCHITECTURE = "vit_tiny_patch16_224"
 

@@ -23,11 +23,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from _features import features, few_label_auc
+from _features import features
 from medtpp import backbones, tuners
 from medtpp.adapter import load_adapter
 from medtpp.data.cache import ImageCache
 from medtpp.data.preprocess import Preprocessing
+from medtpp.evaluation.probe import few_label_auc
 from medtpp.files import MARKER, read_json
 from medtpp.seeds import Seeds
 from medtpp.workflow.experiment import load_experiment

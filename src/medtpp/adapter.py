@@ -43,8 +43,26 @@ class BackboneCard(Options):
     sha256: str
 
 
+class MonitorCard(Options):
+    """What a probe on training labels chose in the pretext stage.
+
+    Attributes:
+        cases: Labelled training cases that it was fitted and scored on.
+        score: Its macro AUC across patients at the step that was kept, the best of all.
+        step: The step that was kept.
+        scores: How many steps were scored.
+        without: The score of the features without target parameters.
+    """
+
+    cases: int
+    score: float
+    step: int
+    scores: int
+    without: float
+
+
 class TPPCard(Options):
-    """What the pretext stage did."""
+    """What the pretext stage did. With a monitor, `steps` are those after which it ended."""
 
     pretext: dict[str, Any]
     steps: int
@@ -55,6 +73,7 @@ class TPPCard(Options):
     images: int
     transductive: bool
     decoder: dict[str, Any] | None = None
+    monitor: MonitorCard | None = None
     fingerprints: Fingerprints
 
 
@@ -320,6 +339,7 @@ def _model_card(card: AdapterCard, backbone: TunedBackbone) -> str:
             f"Target Parameter Pre-training: `{card.tpp.pretext['name']}`, {card.tpp.steps} steps of "
             f"{card.tpp.batch_size} on {card.tpp.images} images without labels, seed {card.tpp.seed}.",
             *(["This was continued pre-training of a subset of the backbone's own weights."] if selects else []),
+            *([_told(card.tpp.monitor)] if card.tpp.monitor else []),
             *(["**Transductive**: it saw validation and test images."] if card.tpp.transductive else []),
             "",
         ]
@@ -329,3 +349,11 @@ def _model_card(card: AdapterCard, backbone: TunedBackbone) -> str:
     else:
         lines += ["No head yet:", "", "    medtpp finetune EXPERIMENT --adapter THIS_FOLDER --out runs/finetuned", ""]
     return "\n".join(lines)
+
+
+def _told(monitor: MonitorCard) -> str:
+    return (
+        f"**Labels chose the step**: of {monitor.scores} that were scored, step {monitor.step} was kept, at which a "
+        f"linear probe on {monitor.cases} labelled training cases was best (AUC {monitor.score:.3f}; "
+        f"{monitor.without:.3f} without target parameters)."
+    )

@@ -116,6 +116,8 @@ def tpp(
         DataError: The images are of another size than the model's.
     """
     chosen = _options(TPPOptions, options)
+    if chosen.monitor:
+        raise ConfigError("monitor needs labels, and medtpp.tpp has none: it is for `medtpp tpp` and `medtpp run`.")
     wish = {"name": pretext} if isinstance(pretext, str) else {"name": "auto", **pretext}
     seeds = Seeds(seed)
     wanted = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}

@@ -221,6 +221,11 @@ class TPPOptions(StageOptions):
     decoder: bool = Field(
         False, description="pre-train the decoder of a segmentation, too, by restoring hidden parts of images"
     )
+    monitor: bool = Field(
+        False,
+        description="score features by a probe on training labels now and then, and keep the step of the best score "
+        "(classification; not in comparisons)",
+    )
     transductive: bool = Field(False, description="let TPP see validation and test images (flagged in the adapter)")
 
 

@@ -117,6 +117,9 @@ def show_stage(name: str, stage: dict[str, Any]) -> None:
     if "feature_drift" in stage:
         on, off = stage["pretext_loss_on"], stage["pretext_loss_off"]
         text += f"\n          pretext loss {on:.4f} with tuner, {off:.4f} without; drift {stage['feature_drift']:.3f}"
+    if "monitor_without" in stage:
+        best, without = stage["best"]["score"], stage["monitor_without"]
+        text += f"\n          probe on training labels: AUC {best:.3f} at the step kept, {without:.3f} without tuner"
     console.print(f"[bold]{name:9}[/bold] {text}")
 
 

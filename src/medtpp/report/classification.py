@@ -45,7 +45,7 @@ def classification_page(folder: Path, run: Training) -> str:
         losses=[figures.LOSS, figures.VALIDATION] if "validation" in run.finetune_log else [figures.LOSS],
         confusions=_confusions(evaluation),
         bins=reliability(known),
-        effect=words.effect(run.tpp) if run.tpp else [],
+        effect=[*words.effect(run.tpp), *words.monitored(run.adapter.tpp)] if run.tpp else [],
         notes=[without_folders(note) for note in evaluation.notes],
     )
 

@@ -27,9 +27,15 @@ _RING: dict[str, Any] = {
 
 
 def pretext_curve(log: pd.DataFrame) -> Markup:
-    """Pretext loss and learning rate of the target parameters over the steps."""
+    """Pretext loss, score of a monitor, if there was one, and learning rate of the target parameters over the steps."""
+    scored = log[log.monitor.notna()] if "monitor" in log else None
     with plotting():
-        figure, (upper, lower) = panels(2, height=3.2, ratios=(3, 1))
+        if scored is None:
+            figure, (upper, lower) = panels(2, height=3.2, ratios=(3, 1))
+        else:
+            figure, (upper, middle, lower) = panels(3, height=4.2, ratios=(3, 2, 1))
+            middle.plot(scored.step, scored.monitor, marker=VALIDATION.marker, markersize=4, **VALIDATION.line)
+            middle.set_title("AUC of a probe on training labels")
         _plot_loss(upper, log)
         upper.set_title("pretext loss")
         lower.plot(log.step, log.lr_tuner, color=MUTED, linewidth=1.4)

@@ -150,11 +150,22 @@ class TaskFile(FileModel):
     options: dict[str, Any] = {}
 
 
+class MonitorFile(FileModel):
+    """What a probe on training labels chose in the pretext stage."""
+
+    cases: int
+    score: float
+    step: int
+    scores: int
+    without: float
+
+
 class TPPFile(FileModel):
     """What the pretext stage did."""
 
     images: int
     transductive: bool
+    monitor: MonitorFile | None = None
 
 
 class AdapterFile(FileModel):

@@ -54,7 +54,7 @@ def segmentation_page(folder: Path, run: Training) -> str:
         plots=plots,
         alts=learning_alts(run, "Dice on the validation cases is highest"),
         losses=[figures.LOSS],
-        effect=words.effect(run.tpp) if run.tpp else [],
+        effect=[*words.effect(run.tpp), *words.monitored(run.adapter.tpp)] if run.tpp else [],
         notes=[without_folders(note) for note in evaluation.notes],
         series=series,
         shapes=[_SHAPES[one.number % len(_SHAPES)] for one in series],

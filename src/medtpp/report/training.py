@@ -16,7 +16,7 @@ from medtpp.report.read import Experiment, Picture, read_experiment, read_model,
 from medtpp.report.schema import AdapterFile, StageFile
 
 SPLITS = {"train": "training", "val": "validation", "test": "test"}
-_LOG = ("step", "loss", "lr_tuner", "validation")
+_LOG = ("step", "loss", "lr_tuner", "validation", "monitor")
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,7 +196,9 @@ def split_of(
         )
     seen = run.adapter.tpp
     if run.tpp and seen:
-        statements.append(f"TPP saw {plural(seen.images, 'image')}, without labels.")
+        monitor = seen.monitor
+        chosen = f"; {plural(monitor.cases, 'labelled training case')} chose the step" if monitor else ""
+        statements.append(f"TPP saw {plural(seen.images, 'image')}, without labels{chosen}.")
         if seen.transductive:
             cautions.append(
                 "Transductive: TPP saw images of validation and test cases, without their labels. "
@@ -212,7 +214,8 @@ def learning_alts(run: Training, chosen_by: str) -> dict[str, str]:
         + (f" The {chosen_by} at step {run.best_step}." if run.best_step is not None else ""),
     }
     if run.tpp_log is not None:
-        alts["pretext"] = f"Pretext loss of {len(run.tpp_log)} logged steps, {_fall(run.tpp_log)}; learning rate below."
+        below = "the AUC of a probe and the learning rate" if "monitor" in run.tpp_log else "learning rate"
+        alts["pretext"] = f"Pretext loss of {len(run.tpp_log)} logged steps, {_fall(run.tpp_log)}; {below} below."
     return alts
 
 

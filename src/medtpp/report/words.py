@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from medtpp.evaluation.evaluate import metric_title
 from medtpp.report.curves import ClassCurve
-from medtpp.report.page import number, percent, plural
-from medtpp.report.schema import EvaluationFile, MetricFile, SegmentationFile, StageFile
+from medtpp.report.page import number, percent, plural, whole
+from medtpp.report.schema import EvaluationFile, MetricFile, SegmentationFile, StageFile, TPPFile
 
 # Name to meaning, and whether the metric lies between 0 and 1 with 1 the best.
 METRICS: dict[str, tuple[str, bool]] = {
@@ -152,3 +152,17 @@ def effect(tpp: StageFile) -> list[str]:
     elif change >= 0:
         found.append("The pretext task is not done better than before: TPP moved the features without learning it.")
     return found
+
+
+def monitored(seen: TPPFile | None) -> list[str]:
+    """What labels had to do with the pretext stage, in sentences; nothing where they had no part in it."""
+    monitor = seen.monitor if seen else None
+    if monitor is None:
+        return []
+    return [
+        f"Labels chose the step: of {monitor.scores} that were scored, step {whole(monitor.step)} was kept, at which a "
+        f"linear probe of the features was best on {plural(monitor.cases, 'labelled training case')}, each scored "
+        "without its patient.",
+        f"Its AUC was {number(monitor.score)} at that step, and is {number(monitor.without)} without the target "
+        "parameters. The best of several scores flatters; validation and test cases had no part in it.",
+    ]

@@ -78,6 +78,7 @@ class Schedule:
         clip: Largest norm of the gradient, 0 for none.
         checkpoint_every: Steps between resume files, 0 for none.
         validate_every: Steps between validations.
+        patience: Validations in a row without gain after which training ends, 0 for none.
     """
 
     steps: int
@@ -86,6 +87,7 @@ class Schedule:
     clip: float = 1.0
     checkpoint_every: int = 0
     validate_every: int = 0
+    patience: int = 0
 
     def factor(self, step: int) -> float:
         """Learning rate of step (from 0) as a share of its peak."""
@@ -106,6 +108,7 @@ def fit(
     title: str = "training",
     hooks: Hooks | None = None,
     validate: Callable[[], float] | None = None,
+    score_name: str = "validation",
 ) -> Record:
     """Train the parameters of `groups`.
 
@@ -119,6 +122,7 @@ def fit(
         title: For the progress display.
         hooks: What the method needs beside.
         validate: Gives a score, higher is better; the parameters of the best score are kept in the end.
+        score_name: Of the score, in the log.
 
     Raises:
         MedtppError: The loss is not finite, or a parameter gets no gradient in two steps.
@@ -161,7 +165,7 @@ def fit(
             wrapped.zero_grad()
             seen += len(batch) * fabric.world_size
             recent.count(len(batch) * fabric.world_size)
-            row = None
+            row, ends = None, False
             done = step + 1
             if done % every == 0 or done == schedule.steps:
                 row = {"step": done, "loss": _finite(fabric, loss, done), **recent.figures()}
@@ -172,13 +176,16 @@ def fit(
             if validate and (done % schedule.validate_every == 0 or done == schedule.steps):
                 score = validate()
                 row = (row or {"step": done, "loss": _finite(fabric, loss, done), **recent.figures()}) | {
-                    "validation": score
+                    score_name: score
                 }
                 state.keep_best(score, done, record)
+                ends = 0 < schedule.patience <= record.without_gain(score_name, done)
             if row is not None:
                 record.rows.append(row)
                 fabric.log_dict({key: value for key, value in row.items() if key != "step"}, step=done)
             progress.update(done, row)
+            if ends:  # before a resume file is written, from which training would go on
+                break
             if folder and schedule.checkpoint_every and done % schedule.checkpoint_every == 0 and done < schedule.steps:
                 record.seconds = before + time.perf_counter() - began
                 _check_finite(parameters, done)  # or every resumed run would begin with what is broken

@@ -40,6 +40,12 @@ class Record:
     waiting: float = 0.0
     peak_memory: float = 0.0
 
+    def without_gain(self, name: str, step: int) -> int:
+        """How many scores of this name there were since the best one, with that of `step`, which has no row yet."""
+        if self.best is None or self.best[1] == step:
+            return 0
+        return 1 + sum(name in row and row["step"] > self.best[1] for row in self.rows)
+
 
 class RunState:
     """What a resume file holds: trained parameters, buffers, optimiser, best parameters so far, the log."""

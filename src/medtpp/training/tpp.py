@@ -7,7 +7,7 @@ otherwise warm a new one up alone; train target parameters and head together on 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from medtpp import backbones, tuners
-from medtpp.adapter import TPPCard, new_card, save_adapter
+from medtpp.adapter import MonitorCard, TPPCard, new_card, save_adapter
 from medtpp.config import PRETEXTS, TUNERS, AutoPretext, Experiment, MethodOptions, TPPOptions
 from medtpp.data.fingerprints import Fingerprints
 from medtpp.data.preprocess import Preprocessing
@@ -30,7 +30,8 @@ from medtpp.seeds import Seeds, name_key
 from medtpp.training.dense import DenseReconstruction, make_dense
 from medtpp.training.device import make_fabric
 from medtpp.training.loop import Group, fit
-from medtpp.training.resume import RESUME, finish
+from medtpp.training.monitor import PATIENCE, Monitor, MonitorPlan
+from medtpp.training.resume import RESUME, Record, finish
 from medtpp.training.stage import (
     PretextModule,
     StageData,
@@ -63,12 +64,14 @@ class TPPInputs:
         preprocessing: How the images were made.
         data: The images TPP may see.
         fingerprints: Of those images and their patients.
+        monitor: Labelled cases to score by, and when; None: labels have no part in it.
     """
 
     experiment: Experiment
     preprocessing: Preprocessing | VolumePreprocessing
     data: StageData
     fingerprints: Fingerprints
+    monitor: MonitorPlan | None = None
 
 
 def run_tpp(inputs: TPPInputs, folder: Path) -> StageResult:
@@ -100,7 +103,9 @@ def _train(fabric: Fabric, inputs: TPPInputs, folder: Path) -> StageResult:
     require_pair(experiment.tuner.name, pretext)
     batch_size, rate = number(options.batch_size), float(options.learning_rate)
     head_warmup = number(options.head_warmup)
-    schedule = schedule_of(options)
+    schedule, plan = schedule_of(options), inputs.monitor
+    if plan is not None:
+        schedule = replace(schedule, validate_every=plan.every, patience=PATIENCE)
     tuned = tuners.attach(backbone, experiment.tuner, seed=seeds)
     dense = make_dense(experiment, backbone.spec, seeds)
     pretext.begin(tuned)
@@ -112,6 +117,7 @@ def _train(fabric: Fabric, inputs: TPPInputs, folder: Path) -> StageResult:
         warmup_stream = data.stream(batch_size, seeds.child("head-warmup"), fabric)
         warm_up_heads(fabric, module, heads, targets, warmup_stream, head_warmup, module.hooks())
     stream = data.stream(batch_size, seeds.child("tpp"), fabric)
+    monitor = Monitor(tuned, fabric, plan.data) if plan else None
     record = fit(
         fabric,
         module,
@@ -121,15 +127,21 @@ def _train(fabric: Fabric, inputs: TPPInputs, folder: Path) -> StageResult:
         folder=folder,
         title="TPP",
         hooks=module.hooks(),
+        validate=monitor.score if monitor else None,
+        score_name="monitor",
     )
 
     images = data.images(limit=32).to(fabric.device)
     figures = {"head_warmup": float(head_warmup), **effect(fabric, tuned, pretext, images, seeds)}
-    result = StageResult(schedule.steps, batch_size, rate, record, figures, count_parameters(tuned, pretext=pretext))
+    chosen = _chosen(monitor, record)
+    if chosen:
+        figures["monitor_without"] = chosen.without
+    steps = int(record.rows[-1]["step"])
+    result = StageResult(steps, batch_size, rate, record, figures, count_parameters(tuned, pretext=pretext))
     if fabric.global_rank == 0:
         tpp = TPPCard(
             pretext=experiment.pretext.model_dump(mode="json"),
-            steps=schedule.steps,
+            steps=steps,
             head_warmup=head_warmup,
             batch_size=batch_size,
             learning_rate=rate,
@@ -137,6 +149,7 @@ def _train(fabric: Fabric, inputs: TPPInputs, folder: Path) -> StageResult:
             images=len(data),
             transductive=options.transductive,
             decoder=experiment.task.model_dump(mode="json") if dense else None,
+            monitor=chosen,
             fingerprints=inputs.fingerprints,
         )
         save_preview(folder / "preview.png", images[:6], pretext, tuned, seeds)
@@ -146,6 +159,21 @@ def _train(fabric: Fabric, inputs: TPPInputs, folder: Path) -> StageResult:
         finish(folder)
         write_json(folder / MARKER, result.summary())
     return result
+
+
+def _chosen(monitor: Monitor | None, record: Record) -> MonitorCard | None:
+    """What the monitor chose, for the adapter."""
+    if monitor is None or record.best is None:
+        return None
+    with monitor.backbone.disabled():
+        without = monitor.score()
+    return MonitorCard(
+        cases=len(monitor.data),
+        score=record.best[0],
+        step=record.best[1],
+        scores=sum("monitor" in row for row in record.rows),
+        without=without,
+    )
 
 
 def resolve_tpp(

@@ -23,6 +23,7 @@ from medtpp.errors import ConfigError, DataError
 from medtpp.seeds import Seeds
 from medtpp.training.dense import require_decoder
 from medtpp.training.finetune import resolve_finetune
+from medtpp.training.monitor import plan_monitor
 from medtpp.training.stage import StageData, augmenter_of
 from medtpp.training.tpp import (
     make_pretext,
@@ -169,7 +170,8 @@ def arrange(data: PreparedData, experiment: Experiment, backbone: backbones.Back
 
     Raises:
         DataError: There are not as many labels as asked for.
-        ConfigError: TPP is asked of a tuner without target parameters, or the pretext task does not fit the backbone.
+        ConfigError: TPP is asked of a tuner without target parameters, the pretext task does not fit the backbone, or
+            the monitor of TPP not the labels.
     """
     labels, split = experiment.data.labels, data.whole_split
     if labels != "all" and {"train", "val"} & set(split.values()):
@@ -178,7 +180,10 @@ def arrange(data: PreparedData, experiment: Experiment, backbone: backbones.Back
     train = sum(part == "train" for part in split.values())
     resolved = _resolve(experiment, data.preprocessing, backbone, train, len(data.tpp))
     fields = {field.name: getattr(data, field.name) for field in dataclasses.fields(PreparedData)}
-    return Prepared(**fields, experiment=resolved, split=split)
+    prepared = Prepared(**fields, experiment=resolved, split=split)
+    if resolved.tpp.enabled and resolved.tpp.monitor:
+        plan_monitor(resolved, prepared.data(prepared.cases("train")))  # what it refuses is refused before any training
+    return prepared
 
 
 def foreign_pool(data: PreparedData, paths: Sequence[Path], progress: Progress | None = None) -> PreparedData:

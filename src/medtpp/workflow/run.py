@@ -31,6 +31,7 @@ from medtpp.files import MARKER, digest, prepare_folder, read_json, write_json
 from medtpp.report import write_report
 from medtpp.seeds import Seeds
 from medtpp.training.finetune import FinetuneInputs, run_finetune
+from medtpp.training.monitor import plan_monitor
 from medtpp.training.tpp import TPPInputs, run_tpp
 from medtpp.workflow.evaluate import classified, segmented
 from medtpp.workflow.experiment import write_experiment
@@ -200,9 +201,13 @@ def run_stages(prepared: Prepared, out: Path, tell: Tell = lambda _: None) -> Ru
 def tpp_stage(prepared: Prepared, folder: Path, tell: Tell) -> Path:
     """Target Parameter Pre-training as a step. Gives its adapter folder."""
     experiment, cases = prepared.experiment, prepared.tpp
-    inputs = TPPInputs(experiment, prepared.preprocessing, prepared.data(cases), prepared.fingerprints(cases))
+    monitor = plan_monitor(experiment, prepared.data(prepared.cases("train"))) if experiment.tpp.monitor else None
+    fingerprints = prepared.fingerprints(cases)
+    inputs = TPPInputs(experiment, prepared.preprocessing, prepared.data(cases), fingerprints, monitor)
     sections = ("tpp", "pretext", "task") if experiment.tpp.decoder else ("tpp", "pretext")
     key = _key(prepared, *sections) | {"images": content(prepared, cases)}
+    if monitor is not None:
+        key |= {"monitored cases": content(prepared, monitor.data.cases)}
     if not step(folder, key, lambda: run_tpp(inputs, folder)):
         tell("TPP was done before.")
     return folder / "adapter"

@@ -140,14 +140,19 @@ def base_experiment(experiment: Experiment, axes: Axes) -> Experiment:
     """An experiment as it is compared: TPP never sees test images, the last weights count, CSV logs alone.
 
     Raises:
-        ConfigError: It asks for transductive TPP, for several devices per run, or for TPP of a tuner without targets;
-            all reasons are listed.
+        ConfigError: It asks for transductive TPP, for its monitor, for several devices per run, or for TPP of a tuner
+            without targets; all reasons are listed.
     """
     problems = []
     if experiment.tpp.transductive:
         problems.append(
             "tpp.transductive is for single runs: a comparison in which TPP sees the test images shows nothing. "
             "Use --set tpp.transductive=false."
+        )
+    if experiment.tpp.monitor:
+        problems.append(
+            "tpp.monitor is for single runs: in a comparison TPP uses no labels, and its budget is fixed beforehand. "
+            "Use --set tpp.monitor=false."
         )
     if experiment.hardware.devices > 1:
         problems.append(
