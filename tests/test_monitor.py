@@ -20,7 +20,7 @@ from medtpp.data.case import Case
 from medtpp.errors import ConfigError
 from medtpp.files import MARKER, read_json
 from medtpp.seeds import Draws
-from medtpp.training import loop, monitor
+from medtpp.training import loop, monitor, tpp
 from medtpp.training.device import quiet_fabric
 from medtpp.training.loop import Group, Hooks, Schedule, fit
 from medtpp.training.monitor import FOLDS, LEAST, MOST, SHARE, Monitor, MonitorPlan, plan_monitor
@@ -215,7 +215,14 @@ def test_an_earlier_step_is_kept_told_and_shown(phantom_folder, tmp_path, monkey
     assert (result.record.best, result.figures["monitor_without"]) == ((0.9, 4), 0.4)
     card = read_json(tmp_path / "on" / "adapter" / "medtpp.json")["tpp"]
     labelled = len(stages.data_of(phantom_folder).splits["train"])
-    assert card["monitor"] == {"cases": labelled, "score": 0.9, "step": 4, "scores": 3, "without": 0.4}
+    assert card["monitor"] == {
+        "cases": labelled,
+        "score": 0.9,
+        "step": 4,
+        "scores": 3,
+        "without": 0.4,
+        "candidates": {},
+    }
     readme = (tmp_path / "on" / "adapter" / "README.md").read_text()
     assert "**Labels chose the step**: of 3 that were scored, step 4 was kept" in readme
     with (tmp_path / "on" / "log.csv").open() as file:
@@ -315,3 +322,53 @@ def test_refusals_come_before_any_training(tmp_path):
     with pytest.raises(ConfigError, match="monitor needs labels"):
         medtpp.tpp(tuned, torch.rand(8, 3, SIZE, SIZE), steps=2, monitor=True)
     done("init", data_folder(), "-o", tmp_path / "e.yaml", *tiny("tpp.monitor=true", "tpp.enabled=false"))
+
+
+def test_the_task_with_the_best_score_is_kept_and_the_others_are_told(tmp_path, monkeypatch):
+    given = {"MAE": 0.6, "MaskedFeatures": 0.8}
+    tasks = []
+    made = tpp.make_pretext
+
+    def noting(options, *others):
+        tasks.append(made(options, *others))
+        return tasks[-1]
+
+    monkeypatch.setattr(tpp, "make_pretext", noting)
+    monkeypatch.setattr(Monitor, "score", lambda self: given[type(tasks[-1][0]).__name__])
+    chosen = ("tpp.choose=[mae, features]", "pretext.mask_ratio=0.5")
+    command = ("run", data_folder(), "--modality", "xray", "-o", tmp_path / "run")
+    said = done(*command, *tiny(*ON, *chosen))
+    assert "pretext mae, features" in said.text
+    assert "best AUC with mae 0.600, features 0.800" in said.text
+    folders = {name: tmp_path / "run" / name for name in ("tpp", "tpp-mae", "tpp-features")}
+    assert weights(folders["tpp"]) == weights(folders["tpp-features"]) != weights(folders["tpp-mae"])
+    cards = {name: read_json(folder / "adapter" / "medtpp.json")["tpp"] for name, folder in folders.items()}
+    assert cards["tpp"]["monitor"]["candidates"] == {"mae": 0.6, "features": 0.8}
+    assert [cards[name]["pretext"]["name"] for name in folders] == ["features", "mae", "features"]
+    assert cards["tpp-mae"]["pretext"]["mask_ratio"] == 0.5, "the options of the section that names it"
+    assert cards["tpp-mae"]["steps"] == cards["tpp-features"]["steps"] == 40
+    assert (
+        "by the best AUC of each: `mae` 0.600, `features` 0.800" in (folders["tpp"] / "adapter/README.md").read_text()
+    )
+    page = " ".join((tmp_path / "run" / "report.html").read_text().split())
+    assert "Labels chose the pretext task, too, by the best AUC of each: mae 0.600, features 0.800." in page
+    assert "features (mask ratio 0.75;" in page
+    again = done(*command, "--resume", *tiny(*ON, *chosen)).text
+    assert again.count("TPP was done before.") == 2
+    assert "Fine-tuning was done before." in again
+
+
+@pytest.mark.parametrize(
+    ("chosen", "words"),
+    [
+        (("tpp.choose=[mae, simmim]",), "choose needs monitor: true"),
+        ((*ON, "tpp.choose=[mae]"), "name two tasks or more"),
+        ((*ON, "tpp.choose=[mae, mae]"), "each once"),
+        ((*ON, "tpp.choose=[mae, mea]"), "no pretext task 'mea'; known: "),
+        ((*ON, "tpp.choose=[mae, simclr]", "tpp.batch_size=16"), "simclr needs batches of at least 32"),
+        ((*ON, "tpp.choose=[simmim, mae]", "tuner=convpass"), "convpass and the pretext task mae exclude"),
+    ],
+)
+def test_tasks_that_cannot_be_chosen_are_refused_first(chosen, words, tmp_path):
+    assert words in refused("run", data_folder(), "-o", tmp_path / "run", *tiny(*chosen))
+    assert not (tmp_path / "run" / "tpp-mae").exists()

@@ -52,6 +52,7 @@ class MonitorCard(Options):
         step: The step that was kept.
         scores: How many steps were scored.
         without: The score of the features without target parameters.
+        candidates: The best score with each pretext task among which it chose, too; empty where there was one.
     """
 
     cases: int
@@ -59,6 +60,7 @@ class MonitorCard(Options):
     step: int
     scores: int
     without: float
+    candidates: dict[str, float] = Field(default_factory=dict)
 
 
 class TPPCard(Options):
@@ -352,8 +354,10 @@ def _model_card(card: AdapterCard, backbone: TunedBackbone) -> str:
 
 
 def _told(monitor: MonitorCard) -> str:
+    tried = ", ".join(f"`{name}` {score:.3f}" for name, score in monitor.candidates.items())
     return (
         f"**Labels chose the step**: of {monitor.scores} that were scored, step {monitor.step} was kept, at which a "
         f"linear probe on {monitor.cases} labelled training cases was best (AUC {monitor.score:.3f}; "
         f"{monitor.without:.3f} without target parameters)."
+        + (f" They chose the pretext task, too, by the best AUC of each: {tried}." if tried else "")
     )

@@ -11,7 +11,17 @@ import functools
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, Union
 
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, ValidationError, create_model, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictInt,
+    StrictStr,
+    ValidationError,
+    create_model,
+    field_validator,
+    model_validator,
+)
 
 from medtpp.registry import Registry
 
@@ -226,7 +236,26 @@ class TPPOptions(StageOptions):
         description="score features by a probe on training labels now and then, and keep the step of the best score "
         "(classification; not in comparisons)",
     )
+    choose: list[str] = Field(
+        [], description="pretext tasks to try, each for all steps; the one with the best score of the monitor is kept"
+    )
     transductive: bool = Field(False, description="let TPP see validation and test images (flagged in the adapter)")
+
+    @field_validator("choose")
+    @classmethod
+    def _known(cls, names: list[str]) -> list[str]:
+        unknown = [name for name in names if name not in PRETEXTS.names()]
+        if unknown:
+            raise ValueError(f"there is no pretext task {unknown[0]!r}; known: {', '.join(PRETEXTS.names())}")
+        if names and len(set(names)) != max(2, len(names)):
+            raise ValueError("name two tasks or more, each once; for one of them use pretext.name")
+        return names
+
+    @model_validator(mode="after")
+    def _scores_to_choose_by(self) -> Self:
+        if self.choose and not self.monitor:
+            raise ValueError("choose needs monitor: true, whose scores decide")
+        return self
 
 
 class FinetuneOptions(StageOptions):

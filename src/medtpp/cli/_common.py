@@ -85,7 +85,8 @@ def show_split(prepared: Prepared, *, tpp: bool) -> None:
     parts = ", ".join(f"{name} {size}" for name, size in sizes.items())
     console.print(f"[bold]split[/bold]     {parts}" + (f"; TPP sees {len(prepared.tpp)} images" if tpp else ""))
     if tpp:
-        console.print(f"[bold]pretext[/bold]   {prepared.experiment.pretext.name}")
+        tasks = prepared.experiment.tpp.choose
+        console.print(f"[bold]pretext[/bold]   {', '.join(tasks) or prepared.experiment.pretext.name}")
     if tpp and prepared.excluded:
         console.print(
             f"[yellow]note:[/yellow] {len(prepared.excluded)} unlabelled images are left out of TPP: they are "
@@ -120,6 +121,10 @@ def show_stage(name: str, stage: dict[str, Any]) -> None:
     if "monitor_without" in stage:
         best, without = stage["best"]["score"], stage["monitor_without"]
         text += f"\n          probe on training labels: AUC {best:.3f} at the step kept, {without:.3f} without tuner"
+    if "candidates" in stage:
+        text += (
+            f"\n          best AUC with {', '.join(f'{name} {auc:.3f}' for name, auc in stage['candidates'].items())}"
+        )
     console.print(f"[bold]{name:9}[/bold] {text}")
 
 

@@ -158,6 +158,7 @@ class MonitorFile(FileModel):
     step: int
     scores: int
     without: float
+    candidates: dict[str, float] = {}
 
 
 class TPPFile(FileModel):
@@ -165,6 +166,7 @@ class TPPFile(FileModel):
 
     images: int
     transductive: bool
+    pretext: dict[str, Any] = {}
     monitor: MonitorFile | None = None
 
 

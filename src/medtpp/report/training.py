@@ -92,7 +92,7 @@ class Setup:
 def setup_of(run: Training) -> Setup:
     """What was run, in a reader's words."""
     values, card = run.experiment.values, run.adapter
-    tuner, pretext = _section(values, "tuner"), _section(values, "pretext")
+    tuner, pretext = _section(values, "tuner"), (card.tpp and card.tpp.pretext) or _section(values, "pretext")
     rows = [
         ("backbone", f"{_section(values, 'backbone').get('name')} ({card.backbone.architecture})"),
         ("images", _images(card)),

@@ -159,10 +159,12 @@ def monitored(seen: TPPFile | None) -> list[str]:
     monitor = seen.monitor if seen else None
     if monitor is None:
         return []
+    tried = ", ".join(f"{name} {number(score)}" for name, score in monitor.candidates.items())
     return [
         f"Labels chose the step: of {monitor.scores} that were scored, step {whole(monitor.step)} was kept, at which a "
         f"linear probe of the features was best on {plural(monitor.cases, 'labelled training case')}, each scored "
         "without its patient.",
         f"Its AUC was {number(monitor.score)} at that step, and is {number(monitor.without)} without the target "
         "parameters. The best of several scores flatters; validation and test cases had no part in it.",
+        *([f"Labels chose the pretext task, too, by the best AUC of each: {tried}."] if tried else []),
     ]

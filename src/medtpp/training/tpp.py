@@ -283,6 +283,13 @@ def resolve_pretext(options: MethodOptions, spec: backbones.Spec, tuner: str | N
         ) from error
 
 
+def candidates(pretext: MethodOptions, tpp: TPPOptions) -> list[MethodOptions]:
+    """The experiment's own pretext task, or those among which the monitor chooses; its options stay with its name."""
+    if not tpp.choose:
+        return [pretext]
+    return [pretext if name == pretext.name else PRETEXTS.get(name).Options() for name in tpp.choose]
+
+
 def _reason(error: ErrorDetails) -> str:
     return "there is no such option" if error["type"] == "extra_forbidden" else error["msg"]
 

@@ -25,6 +25,7 @@ from medtpp.training.finetune import resolve_finetune
 from medtpp.training.monitor import plan_monitor
 from medtpp.training.stage import StageData, augmenter_of
 from medtpp.training.tpp import (
+    candidates,
     make_pretext,
     require_batches,
     require_pair,
@@ -271,10 +272,14 @@ def _resolve(
     if tpp.enabled:
         require_targets(experiment)
         require_decoder(experiment)
-        pretext, trained_head = make_pretext(chosen, backbone, Seeds(experiment.seed))
-        tpp = resolve_tpp(tpp, images=seen, learning_rate=rate, spec=spec, trained_head=trained_head, devices=devices)
-        require_batches(pretext, tpp)
-        require_pair(experiment.tuner.name, pretext)
+        given = tpp
+        for options in candidates(chosen, given):
+            pretext, trained = make_pretext(options, backbone, Seeds(experiment.seed))
+            tpp = resolve_tpp(given, images=seen, learning_rate=rate, spec=spec, trained_head=trained, devices=devices)
+            require_batches(pretext, tpp)
+            require_pair(experiment.tuner.name, pretext)
+        if given.choose:  # each task answers for its own head
+            tpp = tpp.model_copy(update={"head_warmup": given.head_warmup})
     masks = experiment.task.name == "segmentation"
     finetune = resolve_finetune(
         experiment.finetune, cases=train, learning_rate=rate, spec=spec, masks=masks, devices=devices

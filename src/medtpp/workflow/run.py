@@ -3,6 +3,7 @@
 OUT/experiment.yaml   # fully resolved
 OUT/split.csv         # who is in train, val, test
 OUT/tpp/adapter       # after Target Parameter Pre-training
+OUT/tpp-TASK          # with tpp.choose, the stage with each task, of which one is copied to tpp
 OUT/finetune/adapter  # the result
 OUT/evaluation/       # predictions.csv, evaluation.json
 OUT/summary.json
@@ -11,12 +12,13 @@ OUT/report.html
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from medtpp.adapter import load_adapter, read_card, refuse_overlap
+from medtpp.adapter import load_adapter, read_card, refuse_overlap, save_adapter
 from medtpp.backbones.folder import seen_by
 from medtpp.config import TASKS, TUNERS, Experiment
 from medtpp.data.cache import ImageCache
@@ -31,11 +33,11 @@ from medtpp.report import write_report
 from medtpp.seeds import Seeds
 from medtpp.training.finetune import FinetuneInputs, run_finetune
 from medtpp.training.monitor import plan_monitor
-from medtpp.training.tpp import TPPInputs, run_tpp
+from medtpp.training.tpp import TPPInputs, candidates, run_tpp
 from medtpp.workflow.evaluate import classified, segmented
 from medtpp.workflow.experiment import write_experiment
 from medtpp.workflow.guards import refuse_changes, require_fit, require_head
-from medtpp.workflow.prepare import Prepared, PreparedData, prepare
+from medtpp.workflow.prepare import Prepared, PreparedData, arrange, prepare
 from medtpp.workflow.steps import refuse_folder, step
 
 Tell = Callable[[str], None]
@@ -164,8 +166,13 @@ def run_stages(prepared: Prepared, out: Path, tell: Tell = lambda _: None) -> Ru
 
 
 def tpp_stage(prepared: Prepared, folder: Path, tell: Tell) -> Path:
-    """Target Parameter Pre-training as a step. Gives its adapter folder."""
+    """Target Parameter Pre-training as a step. Gives its adapter folder.
+
+    With `tpp.choose`, the stage is done with each task in a folder beside, and the best one copied.
+    """
     experiment, cases = prepared.experiment, prepared.tpp
+    if experiment.tpp.choose:
+        return _best_stage(prepared, folder, tell)
     monitor = plan_monitor(experiment, prepared.data(prepared.cases("train"))) if experiment.tpp.monitor else None
     fingerprints = prepared.fingerprints(cases)
     inputs = TPPInputs(experiment, prepared.preprocessing, prepared.data(cases), fingerprints, monitor)
@@ -176,6 +183,38 @@ def tpp_stage(prepared: Prepared, folder: Path, tell: Tell) -> Path:
     if not step(folder, key, lambda: run_tpp(inputs, folder)):
         tell("TPP was done before.")
     return folder / "adapter"
+
+
+def _best_stage(prepared: Prepared, folder: Path, tell: Tell) -> Path:
+    """A pretext stage for each task of `tpp.choose`; the one with the monitor's best score is copied to `folder`."""
+    experiment = prepared.experiment
+    alone = experiment.tpp.model_copy(update={"choose": []})
+    stages: dict[str, Path] = {}
+    for pretext in candidates(experiment.pretext, experiment.tpp):
+        stages[pretext.name] = folder.with_name(f"{folder.name}-{pretext.name}")
+        one = experiment.model_copy(update={"pretext": pretext, "tpp": alone})
+        tell(f"TPP with {pretext.name}:")
+        tpp_stage(arrange(prepared, one), stages[pretext.name], tell)
+    scores = {name: read_json(stage / MARKER)["best"]["score"] for name, stage in stages.items()}
+    best = max(scores, key=lambda name: scores[name])  # of equal ones the first
+    key = {"scores": scores, "weights": weights_digest(stages[best] / "adapter")}
+    step(folder, key, lambda: _copy_stage(stages[best], folder, scores))
+    return folder / "adapter"
+
+
+def _copy_stage(stage: Path, folder: Path, scores: dict[str, float]) -> None:
+    """Copy a stage, and tell in its adapter among which tasks labels chose it."""
+    adapter = load_adapter(stage / "adapter")
+    tpp = adapter.card.tpp
+    if tpp is None or tpp.monitor is None:
+        raise TypeError("the stage had no monitor")
+    monitor = tpp.monitor.model_copy(update={"candidates": scores})
+    card = adapter.card.model_copy(update={"tpp": tpp.model_copy(update={"monitor": monitor})})
+    for name in ("log.csv", "preview.png"):
+        if (stage / name).is_file():
+            shutil.copy(stage / name, folder / name)
+    save_adapter(folder / "adapter", adapter.backbone, card)
+    write_json(folder / MARKER, {**read_json(stage / MARKER), "candidates": scores})
 
 
 def finetune_stage(prepared: Prepared, folder: Path, tell: Tell, *, start: Path | None = None) -> Path:
