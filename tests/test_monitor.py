@@ -215,7 +215,14 @@ def test_an_earlier_step_is_kept_told_and_shown(phantom_folder, tmp_path, monkey
     assert (result.record.best, result.figures["monitor_without"]) == ((0.9, 4), 0.4)
     card = read_json(tmp_path / "on" / "adapter" / "medtpp.json")["tpp"]
     labelled = len(stages.data_of(phantom_folder).splits["train"])
-    assert card["monitor"] == {"cases": labelled, "score": 0.9, "step": 4, "scores": 3, "without": 0.4}
+    assert card["monitor"] == {
+        "cases": labelled,
+        "score": 0.9,
+        "step": 4,
+        "scores": 3,
+        "without": 0.4,
+        "candidates": {},
+    }
     readme = (tmp_path / "on" / "adapter" / "README.md").read_text()
     assert "**Labels chose the step**: of 3 that were scored, step 4 was kept" in readme
     with (tmp_path / "on" / "log.csv").open() as file:
