@@ -155,8 +155,8 @@ def pairwise(cells: list[tuple[str, ...]]) -> set[tuple[str, ...]]:
 @cache
 def backbone_folder(variant: str) -> Path:
     """A folder with weights none of which is zero or one, so that every one of them matters."""
-    network = _TRANSFORMERS[variant]() if variant in _TRANSFORMERS else timm.create_model(variant)
     with Seeds(0).scope("matrix", variant), torch.no_grad():
+        network = _TRANSFORMERS[variant]() if variant in _TRANSFORMERS else timm.create_model(variant)
         for parameter in network.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
         for name, buffer in network.named_buffers():

@@ -4,6 +4,7 @@ from dataclasses import replace
 from functools import cache
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -14,6 +15,8 @@ from medtpp.config import PRETEXTS, TUNERS, AutoPretext
 from medtpp.errors import ConfigError
 from medtpp.files import read_json
 from medtpp.training.tpp import natural_pretext, resolve_pretext
+from medtpp.workflow.compare import Axes, open_comparison
+from medtpp.workflow.compare.plan import cell_experiment
 from medtpp.workflow.experiment import load_experiment
 from runs import data_folder, done, experiment, finished, refused, settings
 
@@ -157,9 +160,6 @@ def test_a_wrong_option_ends_a_run_with_one_message(tmp_path):
 
 
 def test_all_arms_of_a_comparison_have_one_task(tmp_path):
-    from medtpp.workflow.compare.comparison import open_comparison
-    from medtpp.workflow.compare.plan import Axes, cell_experiment
-
     written = experiment("hardware.threads=1")
     assert isinstance(written.pretext, AutoPretext)
     comparison = open_comparison(written, Axes(tuners=("lora", "ssf"), seeds=1), None, jobs=1)
@@ -168,8 +168,6 @@ def test_all_arms_of_a_comparison_have_one_task(tmp_path):
 
 
 def test_python_asks_the_same_function():
-    import torch
-
     backbone = medtpp.load("test_vit", weights="random", image_size=32)
     backbone.spec = replace(backbone.spec, objective="features")
     tuned = medtpp.attach(backbone, "lora")

@@ -145,7 +145,7 @@ def test_manifests_of_spreadsheets_are_read(tmp_path):
         (["data.labels=1000"], ["data.labels=1000 is not possible"]),
         (["data.image_size=40"], ["40 is not a multiple of the patch size 16", "data.image_size=32 or 48"]),
         (["backbone.name=rensett"], ["No backbone is called 'rensett'", "medtpp list backbones"]),
-        (["backbone.name=resnet18", "backbone.weights=random"], ["resnet18"]),
+        (["backbone.name=resnet18", "backbone.weights=random", "pretext=mae"], ["resnet18"]),
         (["backbone.weights=none.pth", "backbone.name=test_vit"], ["There is no weights file none.pth"]),
         (["data.unlabelled=[/nowhere]"], ["/nowhere is not a folder"]),
         (["data.multilabel=true"], ["write a manifest.csv"]),

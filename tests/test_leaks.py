@@ -35,8 +35,9 @@ def seen_by_tpp(monkeypatch, out, *arguments):
         seen.extend(case.id for case in inputs.data.cases)
         raise OutputError("enough")
 
-    monkeypatch.setattr(workflow, "run_tpp", spy)
-    said = refused("tpp", *arguments, "--out", out, *settings())
+    with monkeypatch.context() as patch:
+        patch.setattr(workflow, "run_tpp", spy)
+        said = refused("tpp", *arguments, "--out", out, *settings())
     assert "enough" in said, said
     return seen, said
 

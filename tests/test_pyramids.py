@@ -188,5 +188,6 @@ def test_a_run_from_the_command_line(tmp_path):
     told = runs.done("predict", out / "finetune" / "adapter", tmp_path / "data" / "images", "-o", tmp_path / "p.csv")
     assert told.status == 0
     message = runs.refused("run", tmp_path / "data", "--out", tmp_path / "no", "--set", "backbone.name=convnext_atto",
-                           "--set", "backbone.weights=random", "--set", "data.image_size=64")  # fmt: skip
+                           "--set", "backbone.weights=random", "--set", "data.image_size=64",
+                           "--set", "pretext=mae")  # fmt: skip
     assert "The pretext task mae does not fit convnext_atto" in message

@@ -173,7 +173,7 @@ def test_more_last_blocks_than_there_are():
 def test_tuners_that_need_the_grid_are_refused_at_once(phantom_folder):
     """And not after a data set was read and a stage begun."""
     with pytest.raises(ConfigError, match="convpass and the pretext task mae exclude each other"):
-        prepare(load_experiment(phantom_folder, ["tuner.name=convpass", *SETTINGS]))
+        prepare(load_experiment(phantom_folder, ["tuner.name=convpass", "pretext.name=mae", *SETTINGS]))
     prepare(load_experiment(phantom_folder, ["tuner.name=convpass", "pretext.name=simmim", *SETTINGS]))
 
 
