@@ -2,10 +2,10 @@
 
     python benchmarks/contract.py --out results/contract.csv [--processes 2]
 
-Runs all of `tests/test_matrix.py`, of which `make test` runs a cover of pairs, one kind of backbone after another, and
-writes a row for each combination: tests passed and failed, and their seconds. A file that is there is gone on with:
-kinds that it has are not run again. Combinations without sense are refused when they are configured, with the reason,
-and have no row (`medtpp list matrix` shows them).
+Runs all of `tests/test_matrix.py` and `tests/test_matrix_resume.py`, of which `make test` runs a cover, one kind of
+backbone after another, and writes a row for each combination: tests passed and failed, and their seconds. A file that
+is there is gone on with: kinds that it has are not run again. Combinations without sense are refused when they are
+configured, with the reason, and have no row (`medtpp list matrix` shows them).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
+TESTS = tuple(str(ROOT / "tests" / name) for name in ("test_matrix.py", "test_matrix_resume.py"))
 FIELDS = ("pretext", "tuner", "backbone", "passed", "failed", "seconds")
 
 
@@ -82,7 +83,7 @@ def main() -> None:
         longer = [name for name in matrix.VARIANTS if variant in name and name != variant]
         chosen = " and ".join([variant, *(f"not {name}" for name in longer)])
         cells = Cells()
-        arguments = [str(ROOT / "tests" / "test_matrix.py"), "-m", "slow or not slow", "-p", "no:cacheprovider"]
+        arguments = [*TESTS, "-m", "slow or not slow", "-p", "no:cacheprovider"]
         status = pytest.main([*arguments, "-n", str(options.processes), "-k", chosen], plugins=[cells])
         if status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
             sys.exit(status)

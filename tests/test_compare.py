@@ -8,17 +8,13 @@ import pytest
 import slurm
 from medtpp.data.fingerprints import patient_hash
 from medtpp.errors import ConfigError, OutputError
-from medtpp.evaluation.bootstrap import Estimate
-from medtpp.evaluation.paired import Difference
 from medtpp.files import read_json
 from medtpp.report import write_report
 from medtpp.workflow.compare import Axes, Comparison, hold, open_comparison, summarise
 from medtpp.workflow.compare.comparison import Budget, Machine
 from medtpp.workflow.compare.plan import Arm, Cell, base_experiment, cell_experiment
-from medtpp.workflow.compare.words import Measure, sentence
 from medtpp.workflow.compare.work import Timing
-from medtpp.workflow.study.across import summarise_study
-from medtpp.workflow.study.parts import StudyPart
+from medtpp.workflow.study import StudyPart, summarise_study
 from runs import (
     cli,
     compare_command,
@@ -276,40 +272,6 @@ def test_axes_grow_and_never_shrink():
         Axes(metric="brier").joined(before.measured(masks=False))
     begun = replace(before, metric="hd95", margin=1.5)
     assert (now.joined(begun).metric, now.joined(begun).margin) == ("hd95", 1.5)
-
-
-@pytest.mark.parametrize(
-    ("axes", "masks", "expected"),
-    [
-        (Axes(), False, ("auc", 0.005)),
-        (Axes(), True, ("dice", 0.01)),
-        (Axes(metric="nsd"), True, ("nsd", 0.01)),
-        (Axes(metric="hd95"), True, ("hd95", 0.5)),
-        (Axes(metric="hd95", margin=2.0), True, ("hd95", 2.0)),
-        (Axes(metric="brier", margin=0.0), False, ("brier", 0.0)),
-    ],
-)
-def test_the_metric_and_its_margin_suit_the_task(axes, masks, expected):
-    found = axes.measured(masks=masks)
-    assert (found.metric, found.margin) == expected
-    with pytest.raises(ConfigError, match=f"no metric {found.metric} of a"):
-        found.measured(masks=not masks)
-
-
-@pytest.mark.parametrize(
-    ("measure", "value", "verdict", "said"),
-    [
-        (Measure("hd95", "HD95", "mm", 0.5), -0.8, "helps", "TPP helps: HD95 is 0.80 mm lower than with no TPP"),
-        (Measure("hd95", "HD95", "mm", 0.5), 0.1, "equivalent", "equivalent within 0.5 mm of HD95 (+0.10 ["),
-        (Measure("dice", "Dice", "", 0.01), 0.023, "helps", "TPP helps: Dice is 2.3 points higher than with no TPP"),
-        (Measure("dice", "Dice", "", 0.01), 0.005, "helps", "by less than the margin of 1 point:"),
-        (Measure("log_loss", "log loss", "", 0.01), -0.1, "no difference seen", "-0.100 of log loss"),
-    ],
-)
-def test_sentences_tell_the_unit(measure, value, verdict, said):
-    estimate = Estimate(value, value - 0.05, value + 0.05, 0.0)
-    gap = Difference(estimate, estimate, 0.01, dict.fromkeys(range(6), value))
-    assert said in sentence(Arm("lora", "tpp"), Arm("lora", "standard"), "5", gap, verdict, measure)
 
 
 def test_masks_are_compared_by_dice(tmp_path):
