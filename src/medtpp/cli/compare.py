@@ -208,7 +208,7 @@ def _show_plan(comparison: Comparison, out: Path | None) -> None:
         table.add_column(name, justify="left" if name in ("labels", "arm") else "right")
     seeds = comparison.axes.seeds
     for start in (start for start in comparison.starts if start.seed == comparison.base.seed):
-        steps = str(comparison.budget.tpp) if start.origin is None else ""
+        steps = str(comparison.budget.tpp[start.arm.pretext]) if start.origin is None else ""
         minutes = _minutes(comparison.start_seconds(start))
         table.add_row("" if start.labels is None else str(start.labels), start.title, str(seeds), steps, minutes)
     for index, cell in enumerate(cells := [cell for cell in comparison.cells if cell.seed == comparison.base.seed]):
