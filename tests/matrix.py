@@ -285,15 +285,19 @@ def perturb(tuned: tuners.TunedBackbone, scale: float | None = None, seed: int =
             parameter.add_(torch.randn(parameter.shape, generator=generator) * scale)
 
 
-def descend(loss, parameters, steps: int, rate: float) -> list[float]:
-    """AdamW on `loss()`; the loss before each step, and after the last."""
+def descent(loss, parameters, steps: int, rate: float):
+    """AdamW on `loss()`; yields the loss before each step, and after the last."""
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
-    losses = []
     for _ in range(steps):
         value = loss()
+        yield float(value.detach())
         optimizer.zero_grad()
         value.backward()
         optimizer.step()
-        losses.append(float(value.detach()))
     with torch.no_grad():
-        return [*losses, float(loss())]
+        yield float(loss())
+
+
+def descend(*args, **options) -> list[float]:
+    """All losses of a descent."""
+    return list(descent(*args, **options))

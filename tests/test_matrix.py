@@ -230,15 +230,18 @@ class TestTPP:
         def loss():
             return head.loss(tuned, images, draws)[0]
 
-        matrix.descend(loss, list(head.parameters()), 20, 1e-2)
+        matrix.descend(loss, list(head.parameters()), 10, 1e-2)
         head.requires_grad_(False)
-        fell = []
-        for rate in (TUNERS.get(tuner).learning_rate, TUNERS.get(tuner).learning_rate / 10):  # its own may overshoot
+
+        def falls(rate):
             shares = {name: tuned.relative_rates.get(name, 1) for name in tuned.targets}
             groups = [{"params": [p], "lr": rate * shares[name]} for name, p in tuned.targets.items()]
-            losses = matrix.descend(loss, groups, 10, rate)
-            fell.append(min(losses) < 0.999998 * losses[0])  # over ten times what float32 rounds
-        assert any(fell)
+            losses = matrix.descent(loss, groups, 10, rate)
+            first = next(losses)
+            return any(value < 0.999998 * first for value in losses)  # over ten times what float32 rounds
+
+        rate = TUNERS.get(tuner).learning_rate
+        assert falls(rate) or falls(rate / 10)  # its own may overshoot
 
     def test_every_target_gets_a_gradient_within_two_steps(self, parts, images):
         tuned, head = parts

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import io
-import multiprocessing
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, replace
-from multiprocessing.context import BaseContext
 from statistics import median
 from typing import Any, Literal
 
@@ -25,8 +23,6 @@ from torch import Tensor, nn
 from medtpp import backbones, tuners
 from medtpp.backbones import Backbone
 from medtpp.config import (
-    BACKBONES,
-    PRETEXTS,
     TASKS,
     TUNERS,
     AugmentOptions,
@@ -47,6 +43,7 @@ from medtpp.training.memory import PeakMemory, give_back_at_once
 from medtpp.training.resume import Record
 from medtpp.training.stage import PretextModule, count_parameters, tuner_groups
 from medtpp.training.tpp import make_pretext, resolve_pretext
+from medtpp.workflow.pool import process_context
 
 SKIPPED = 2  # steps before the clock starts: first allocations, and the checks that `fit` makes in them
 TIMED = 3
@@ -265,7 +262,7 @@ def _has(name: str, stage: Stage) -> bool:
 def _note(cost: Cost, figure: Callable[..., float], setup: Setup, name: str, stage: Stage) -> None:
     """Make one measurement and enter what it gave, or why it did not."""
     try:
-        with ProcessPoolExecutor(1, mp_context=_processes()) as pool:
+        with ProcessPoolExecutor(1, mp_context=process_context(copies=setup.accelerator == "cpu")) as pool:
             found: tuple[int, str | None, float] | str = pool.submit(_alone, figure, setup, name, stage).result()
     except BrokenProcessPool:
         found = "the process was killed, as systems do that run out of memory"
@@ -277,16 +274,6 @@ def _note(cost: Cost, figure: Callable[..., float], setup: Setup, name: str, sta
         cost.memory_mib = round(value, 1)
     else:
         cost.rates.append(round(value, 2))
-
-
-def _processes() -> BaseContext:
-    """Copies of one process that has imported everything; on Windows each imports it anew."""
-    if "forkserver" not in multiprocessing.get_all_start_methods():
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    methods = (entry for registry in (BACKBONES, TUNERS, PRETEXTS, TASKS) for entry in registry.values())
-    context.set_forkserver_preload(["medtpp.workflow.bench", "peft", *dict.fromkeys(m.__module__ for m in methods)])
-    return context
 
 
 def _alone(figure: Callable[..., float], setup: Setup, name: str, stage: Stage) -> tuple[int, str | None, float] | str:

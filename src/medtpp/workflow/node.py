@@ -69,7 +69,11 @@ class Chain:
         before = read_outcomes(place.folder, self.jobs)
         ended = {**self.ended, **{outcome.job.name: outcome.error for outcome in before}}
         left = [job for job in self.jobs if job.name not in ended]
-        for outcome in run_jobs(left, processes=place.processes, threads=place.threads, gpus=place.gpus, ended=ended):
+        # No copies: what SLURM signals to all processes would end the one that is copied.
+        found = run_jobs(
+            left, processes=place.processes, threads=place.threads, gpus=place.gpus, copies=False, ended=ended
+        )
+        for outcome in found:
             with atomic(outcome_file(place.folder, outcome.job)) as temporary:
                 temporary.write_bytes(pickle.dumps((outcome.value, outcome.error, outcome.seconds)))
         return None
