@@ -1,6 +1,7 @@
 """Several pretext tasks in one comparison."""
 
 import csv
+import re
 import shutil
 from dataclasses import asdict
 from functools import cache
@@ -47,6 +48,8 @@ def test_pretext_tasks_share_the_cells_without_tpp():
     assert len(before) == 5  # of a pretext stage, two cells and their fine-tuning
     assert before == {path: path.stat().st_mtime_ns for path in before}
     assert "1 cells and 1 runs of TPP" in said.text
+    for stage in ("TPP of lora", "TPP of lora by simmim"):
+        assert re.search(rf"^ *{stage} +1 +2 ", said.out, re.MULTILINE)  # one cell, two steps
     with (folder / "cells.csv").open() as stream:
         rows = [(row["arm"], row["pretext"], row["status"], row["folder"]) for row in csv.DictReader(stream)]
     assert rows == [
