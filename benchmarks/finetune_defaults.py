@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from medtpp.config import Experiment
 from medtpp.files import MARKER, read_json
 from medtpp.workflow.experiment import load_experiment
 from medtpp.workflow.pool import Job, run_jobs
@@ -40,7 +41,7 @@ def trial(manifest: Path, common: list[str], tries: list[str], seed: int, thread
         folder = Path(name)
         adapter = tpp_stage(prepare(load_experiment(manifest, chosen)), folder / "tpp", print)
         for number, settings in enumerate(tries):
-            prepared = prepare(load_experiment(manifest, [*chosen, *(settings.split() if settings != DEFAULT else [])]))
+            prepared = prepare(_experiment(manifest, chosen, settings))
             for start in ("standard", "tpp"):
                 own = folder / f"{number}-{start}"
                 made = finetune_stage(prepared, own / "finetune", print, start=adapter if start == "tpp" else None)
@@ -49,6 +50,10 @@ def trial(manifest: Path, common: list[str], tries: list[str], seed: int, thread
                 row = {"settings": settings, "start": start, "seed": seed, "auc": evaluation.metrics["auc"].value}
                 rows.append({**row, "seconds": told["seconds"], "last_loss": told["last_loss"]})
     return rows
+
+
+def _experiment(manifest: Path, common: list[str], settings: str) -> Experiment:
+    return load_experiment(manifest, [*common, *(settings.split() if settings != DEFAULT else [])])
 
 
 def main() -> None:
@@ -65,6 +70,8 @@ def main() -> None:
     options = parser.parse_args()
     common = [f"tuner={options.tuner}", "data.image_size=128", f"data.labels={options.labels}", *options.settings]
     tries = [DEFAULT, *options.tries]
+    for settings in tries:
+        _experiment(options.manifest, common, settings)  # a mistake is told before anything is trained
     threads = max(1, torch.get_num_threads() // options.jobs)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as logs:
