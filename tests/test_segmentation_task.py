@@ -14,6 +14,7 @@ from medtpp.errors import ConfigError
 from medtpp.seeds import Seeds
 from medtpp.tasks.decoders import UNETR, token_map
 from medtpp.tasks.segmentation import Segmentation, SegmentationOptions, soft_dice_loss
+from medtpp.training.thin import exact_thin_convolutions
 
 WIDTH = 24
 HEADS = [
@@ -284,7 +285,7 @@ def test_bfloat16_autocast_gives_a_float32_loss_near_the_exact_one(patch, grid, 
     features = features_of(spec, task.taps)
     targets = torch.randint(0, 3, (2, *spec.image_size), generator=Seeds(0).generator("targets"))
     exact = task.loss(task(features), targets)
-    with torch.autocast("cpu", torch.bfloat16):
+    with exact_thin_convolutions(task), torch.autocast("cpu", torch.bfloat16):
         logits = task(features)
         loss = task.loss(logits, targets)
     assert logits.dtype == torch.bfloat16

@@ -24,6 +24,7 @@ from medtpp.errors import MedtppError
 from medtpp.training.memory import PeakMemory
 from medtpp.training.progress import TrainingProgress
 from medtpp.training.resume import RESUME, Record, RunState, write_log
+from medtpp.training.thin import exact_thin_convolutions
 
 
 class Stream(Protocol):
@@ -143,7 +144,8 @@ def fit(
     began, seen, waited_before, memory = time.perf_counter(), 0, stream.waited, PeakMemory(fabric.device)
     every = max(1, schedule.steps // 200)
     recent = _Window(stream)
-    with TrainingProgress(title, start, schedule.steps, visible=fabric.global_rank == 0) as progress:
+    shown = TrainingProgress(title, start, schedule.steps, visible=fabric.global_rank == 0)
+    with exact_thin_convolutions(module), shown as progress:
         for step, batch in enumerate(stream.iterate(start, schedule.steps), start=start):
             for group, options in zip(groups, wrapped.param_groups, strict=True):
                 options["lr"] = group.learning_rate * schedule.factor(step)
