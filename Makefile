@@ -17,7 +17,7 @@ demo: install
 	$(BIN)/medtpp phantom --out $(DEMO)/data
 	$(BIN)/medtpp check $(DEMO)/data
 	$(BIN)/medtpp compare $(DEMO)/data --out $(DEMO)/comparison --modality xray --labels 60 --seeds 5 \
-	  --set data.image_size=128 --set tpp.steps=80 --set finetune.steps=140 --set finetune.batch_size=16 \
+	  --set data.image_size=128 --set tpp.steps=60 --set finetune.steps=100 --set finetune.batch_size=16 \
 	  --set finetune.learning_rate=0.003
 	$(BIN)/medtpp predict $(DEMO)/comparison/cells/lora-tpp/60/seed0/finetune/adapter $(DEMO)/data/images -o $(DEMO)/predictions.csv
 
