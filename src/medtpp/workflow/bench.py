@@ -43,7 +43,7 @@ from medtpp.training.memory import PeakMemory, give_back_at_once
 from medtpp.training.resume import Record
 from medtpp.training.stage import PretextModule, count_parameters, tuner_groups
 from medtpp.training.tpp import make_pretext, resolve_pretext
-from medtpp.workflow.pool import process_context
+from medtpp.workflow.pool import end_with_parent, process_context
 
 SKIPPED = 2  # steps before the clock starts: first allocations, and the checks that `fit` makes in them
 TIMED = 3
@@ -262,7 +262,8 @@ def _has(name: str, stage: Stage) -> bool:
 def _note(cost: Cost, figure: Callable[..., float], setup: Setup, name: str, stage: Stage) -> None:
     """Make one measurement and enter what it gave, or why it did not."""
     try:
-        with ProcessPoolExecutor(1, mp_context=process_context(copies=setup.accelerator == "cpu")) as pool:
+        context = process_context(copies=setup.accelerator == "cpu")
+        with ProcessPoolExecutor(1, mp_context=context, initializer=end_with_parent) as pool:
             found: tuple[int, str | None, float] | str = pool.submit(_alone, figure, setup, name, stage).result()
     except BrokenProcessPool:
         found = "the process was killed, as systems do that run out of memory"

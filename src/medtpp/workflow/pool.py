@@ -235,7 +235,7 @@ def _serve(connection: Connection, environment: dict[str, str]) -> None:
     for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2"):
         if number := getattr(signal, name, None):
             signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     while True:
         try:
             job: Job = connection.recv()
@@ -258,7 +258,12 @@ def _serve(connection: Connection, environment: dict[str, str]) -> None:
         connection.send((value, error))
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
+    """Let this process end when the one that began it does, whatever ends that one."""
+    threading.Thread(target=_wait_for_parent, daemon=True).start()
+
+
+def _wait_for_parent() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
         wait([parent.sentinel])
