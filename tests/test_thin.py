@@ -1,9 +1,14 @@
 """Thin volumes in bfloat16 on a CPU."""
 
+import numpy as np
 import pytest
 import torch
+from lightning.fabric import Fabric
 from torch import nn
 
+from medtpp.data.batches import BatchStream
+from medtpp.seeds import Seeds
+from medtpp.training.loop import Group, Schedule, fit
 from medtpp.training.thin import exact_thin_convolutions
 
 
@@ -51,3 +56,32 @@ def test_autocast_is_as_before_after_an_error_and_the_layer_too():
             assert layer(torch.randn(1, 8, 2, 4, 4)).dtype == torch.bfloat16
     assert not layer._forward_hooks
     assert not layer._forward_pre_hooks
+
+
+class Net(nn.Module):
+    """Sees images of 4 x 4 pixels as volumes of 2 x 2 x 4."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Conv3d(1, 8, 3, padding=1)
+        self.computed = set()
+
+    def forward(self, images, targets, visits):
+        output = self.layer(images.float().view(-1, 1, 2, 2, 4) / 255)
+        self.computed.add(output.dtype)
+        return output.float().square().mean(), {}
+
+
+def test_the_training_loop_keeps_them_exact():
+    net, rows = Net(), np.arange(8)
+    images = np.random.default_rng(0).integers(0, 256, (8, 1, 4, 4), dtype=np.uint8)
+    batches = BatchStream(images, rows, rows, torch.arange(8), 4, Seeds(0))
+    fabric = Fabric(accelerator="cpu", devices=1, precision="bf16-mixed")
+    fit(fabric, net, [Group("tuner", dict(net.named_parameters()), 1e-3)], batches, Schedule(2))
+    assert net.computed == {torch.float32}
+
+
+def test_a_layer_may_be_called_by_keyword():
+    layer = nn.Conv3d(8, 8, 3, padding=1)
+    with exact_thin_convolutions(layer):
+        assert layer(input=torch.randn(1, 8, 2, 4, 4)).shape == (1, 8, 2, 4, 4)

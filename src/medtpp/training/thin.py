@@ -25,7 +25,7 @@ def exact_thin_convolutions(module: nn.Module) -> Iterator[None]:
 
     def before(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         entered.append(ExitStack())
-        if not _is_at_risk(layer, args[0]):
+        if not args or not _is_at_risk(layer, args[0]):  # called by keyword, it is left as it is
             return None
         entered[-1].enter_context(torch.autocast("cpu", enabled=False))
         return (args[0].float(), *args[1:])
