@@ -35,6 +35,7 @@ from medtpp.config import PRETEXTS, TUNERS, BackboneOptions
 from medtpp.data.fingerprints import Fingerprints
 from medtpp.data.preprocess import Preprocessing
 from medtpp.seeds import Seeds
+from medtpp.training.tpp import refusal
 
 SIZE, PATCH, WIDTH, DEPTH = 32, 8, 64, 2
 PATCHES = (SIZE // PATCH) ** 2
@@ -227,9 +228,11 @@ TUNED = [
     if TUNERS.get(tuner).needs <= capabilities(variant)
 ]
 WITH_TARGETS = [(tuner, variant) for tuner, variant in TUNED if TUNERS.get(tuner).has_targets]
-PRETRAINED = [
+_WITH_PRETEXT = [
     (pretext, *pair) for pretext in PRETEXTS.names() for pair in WITH_TARGETS if needs(pretext) <= capabilities(pair[1])
 ]
+PRETRAINED = [cell for cell in _WITH_PRETEXT if refusal(cell[1], needs(cell[0])) is None]
+REFUSED = sorted({cell[:2] for cell in _WITH_PRETEXT} - {cell[:2] for cell in PRETRAINED})
 
 
 def attach(tuner: str, variant: str, seed: int = 0) -> tuners.TunedBackbone:
