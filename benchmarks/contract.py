@@ -77,7 +77,7 @@ def main() -> None:
         with options.out.open(newline="", encoding="utf-8") as file:
             rows += csv.DictReader(file)
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    for variant in matrix.VARIANTS:
+    for variant in (*matrix.VARIANTS, *matrix.VOLUMES):
         if any(row["backbone"] == variant for row in rows):
             continue
         longer = [name for name in matrix.VARIANTS if variant in name and name != variant]

@@ -4,12 +4,12 @@ import math
 
 import pytest
 import torch
-from torch.nn import functional as F
 
 import matrix
 from medtpp import backbones
 from medtpp.config import TUNERS, BackboneOptions
 from medtpp.seeds import Seeds
+from pictures import pictures
 
 SIZE, PATCH, GRID = (8, 24, 32), (4, 8, 8), (2, 3, 4)
 PATCHES = math.prod(GRID)
@@ -37,11 +37,7 @@ def load_flat(variant, size=SIZE[1:], patch=PATCH[1:]):
 
 
 def volumes(count=4, size=SIZE, channels=1):
-    """(count, channels, *size) in [0, 1] with something to learn: eight corners and what lies between, some noise."""
-    generator = Seeds(1).generator("volumes")
-    corners = torch.rand(count, channels, 2, 2, 2, generator=generator)
-    smooth = F.interpolate(corners, size=size, mode="trilinear", align_corners=True)
-    return (smooth + 0.01 * torch.randn(smooth.shape, generator=generator)).clamp(0, 1)
+    return pictures(size, count, channels)
 
 
 def tell_depths_apart(backbone):

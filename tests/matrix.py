@@ -3,7 +3,8 @@
 Tuners and pretext tasks come from the registries, so that a new one runs through the contract without an edit here. The
 backbones are the smallest networks that have each kind's peculiarities. Those of timm are known to it by name, so that
 they load from a folder like any other, and `peft` finds them too; those of transformers load from folders as its
-`save_pretrained` writes them. `make test` runs a cover of pairs, `make slow` the rest.
+`save_pretrained` writes them. Networks of volumes go through TPP here; what tuners promise on them is asked in
+`test_inflate_tuners.py` and `test_monai_tuners.py`. `make test` runs a cover of pairs, `make slow` the rest.
 """
 
 import json
@@ -28,6 +29,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from transformers import AutoModel, Dinov2WithRegistersConfig, Dinov2WithRegistersModel, ViTConfig, ViTModel
 
+import monai_networks
 from medtpp import backbones, tuners
 from medtpp.adapter import AdapterCard, BackboneCard
 from medtpp.backbones.folder import save_backbone
@@ -36,6 +38,7 @@ from medtpp.data.fingerprints import Fingerprints
 from medtpp.data.preprocess import Preprocessing
 from medtpp.seeds import Seeds
 from medtpp.training.tpp import refusal
+from pictures import pictures
 
 SIZE, PATCH, WIDTH, DEPTH = 32, 8, 64, 2
 PATCHES = (SIZE // PATCH) ** 2
@@ -115,6 +118,11 @@ PERTURBATION = {"full": 0.01, "randlora": 0.005}
 _FOLDERS = TemporaryDirectory(prefix="medtpp-matrix-")  # goes when the process ends
 TIMM = tuple(_KINDS)
 VARIANTS = (*TIMM, *_PYRAMIDS, *_TRANSFORMERS)
+VOLUMES = {
+    "volumes_inflated": (8, 24, 32),
+    **{f"volumes_{kind}": monai_networks.SIZES[kind] for kind in ("vit", "segresnet")},  # a Swin takes minutes
+}
+_INFLATED, _THIN = "medtpp_test_registers", (4, 8, 8)  # the kind that is inflated; patches
 
 
 def params(cells: list[tuple[str, ...]]) -> list:
@@ -184,6 +192,12 @@ def options(variant: str) -> BackboneOptions:
 
 def load(variant: str) -> backbones.Backbone:
     """A new backbone of this kind; the same bits each time."""
+    if variant == "volumes_inflated":
+        inflated = options(_INFLATED).model_copy(update={"dims": 3, "patch_size": _THIN})
+        return backbones.load(inflated, image_size=VOLUMES[variant])
+    if variant in VOLUMES:
+        patch = {"patch_size": _THIN} if variant == "volumes_vit" else {}
+        return monai_networks.load(variant.removeprefix("volumes_"), **patch)
     return backbones.load(options(variant), image_size=SIZE)
 
 
@@ -229,7 +243,11 @@ TUNED = [
 ]
 WITH_TARGETS = [(tuner, variant) for tuner, variant in TUNED if TUNERS.get(tuner).has_targets]
 _WITH_PRETEXT = [
-    (pretext, *pair) for pretext in PRETEXTS.names() for pair in WITH_TARGETS if needs(pretext) <= capabilities(pair[1])
+    (pretext, tuner, variant)
+    for pretext in PRETEXTS.names()
+    for tuner in TUNERS.names()
+    for variant in (*VARIANTS, *VOLUMES)
+    if TUNERS.get(tuner).has_targets and TUNERS.get(tuner).needs | needs(pretext) <= capabilities(variant)
 ]
 PRETRAINED = [cell for cell in _WITH_PRETEXT if refusal(cell[1], needs(cell[0])) is None]
 REFUSED = sorted({cell[:2] for cell in _WITH_PRETEXT} - {cell[:2] for cell in PRETRAINED})
@@ -261,12 +279,9 @@ def card_of(tuner: str, variant: str, **fields) -> AdapterCard:
     )
 
 
-def images(count: int = 8, channels: int = 1) -> torch.Tensor:
-    """(count, channels, SIZE, SIZE) in [0, 1] with something to learn: four corners, what lies between, some noise."""
-    generator = Seeds(1).generator("images")
-    corners = torch.rand(count, channels, 2, 2, generator=generator)
-    smooth = nn.functional.interpolate(corners, size=(SIZE, SIZE), mode="bilinear", align_corners=True)
-    return (smooth + 0.01 * torch.randn(smooth.shape, generator=generator)).clamp(0, 1)
+def images(count: int = 8, channels: int = 1, variant: str = "") -> torch.Tensor:
+    """(count, channels, SIZE, SIZE), or of the size of this kind of backbone."""
+    return pictures(VOLUMES.get(variant, (SIZE, SIZE)), count, channels)
 
 
 def pretext_of(tuner: str) -> str:

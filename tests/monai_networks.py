@@ -8,7 +8,6 @@ import torch
 from monai.networks.nets.segresnet import SegResNet
 from monai.networks.nets.swin_unetr import SwinTransformer
 from monai.networks.nets.vit import ViT
-from torch.nn import functional as F
 
 from medtpp import backbones
 from medtpp.config import BackboneOptions
@@ -58,12 +57,3 @@ def file_of(kind):
 def load(kind, **options):
     chosen = BackboneOptions(name=NAMES[kind], weights=file_of(kind), **options)
     return backbones.load(chosen, image_size=SIZES[kind])
-
-
-def volumes(size, count=4, channels=1):
-    """(count, channels, *size) in [0, 1]: corners and what lies between, some noise."""
-    generator = Seeds(1).generator("volumes")
-    corners = torch.rand(count, channels, *[2] * len(size), generator=generator)
-    mode = "trilinear" if len(size) == 3 else "bilinear"
-    smooth = F.interpolate(corners, size=size, mode=mode, align_corners=True)
-    return (smooth + 0.01 * torch.randn(smooth.shape, generator=generator)).clamp(0, 1)

@@ -37,6 +37,11 @@ def changed(module, before):
     return {name for name, value in module.state_dict().items() if not torch.equal(value, before[name])}
 
 
+def targets(tuned):
+    """What TPP trains: the tuner's own and, of an inflated network, its new embedding."""
+    return {**tuned.targets, **tuned.embed}
+
+
 def moved(tuner, variant):
     """A tuned backbone whose targets are no longer where they started."""
     tuned = matrix.attach(tuner, variant)
@@ -212,14 +217,18 @@ class TestTPP:
         tuned = matrix.attach(tuner, variant)
         return tuned, matrix.make_pretext(pretext, tuned)
 
+    @pytest.fixture
+    def images(self, variant):
+        return matrix.images(variant=variant)
+
     def test_training_changes_targets_and_head_alone(self, parts, tuner, images):
         tuned, head = parts
         draws = matrix.draws()
         source, before, head_before = tuned.source_hash(), snapshot(tuned), snapshot(head)
-        trained = [*tuned.targets.values(), *head.parameters()]
+        trained = [*targets(tuned).values(), *head.parameters()]
         losses = matrix.descend(lambda: head.loss(tuned, images, draws)[0], trained, 6, 1e-3)
         assert losses[-1] < 0.999 * losses[0]
-        assert changed(tuned, before) == tuned.targets.keys()
+        assert changed(tuned, before) == targets(tuned).keys()
         assert changed(head, head_before) == {name for name, _ in head.named_parameters()}
         assert tuned.source_hash() == source
 
@@ -247,14 +256,14 @@ class TestTPP:
     def test_every_target_gets_a_gradient_within_two_steps(self, parts, images):
         tuned, head = parts
         reached = set()
-        optimizer = torch.optim.AdamW([*tuned.targets.values(), *head.parameters()], lr=1e-3)
+        optimizer = torch.optim.AdamW([*targets(tuned).values(), *head.parameters()], lr=1e-3)
         for step in range(2):
             optimizer.zero_grad()
             head.loss(tuned, images, matrix.draws(epoch=step))[0].backward()
-            reached |= {name for name, p in tuned.targets.items() if p.grad is not None and p.grad.any()}
+            reached |= {name for name, p in targets(tuned).items() if p.grad is not None and p.grad.any()}
             optimizer.step()
-        assert reached == tuned.targets.keys()
-        assert all(p.grad is None for name, p in tuned.named_parameters() if name not in tuned.targets)
+        assert reached == targets(tuned).keys()
+        assert all(p.grad is None for name, p in tuned.named_parameters() if name not in reached)
 
     def test_the_loss_in_bfloat16_is_close(self, parts, images):
         tuned, head = parts
@@ -271,7 +280,7 @@ class TestTPP:
         if head.couples_images:
             return  # and `fit` does not part its batches
         draws, images = matrix.draws(), images.clone()
-        images[0, :, : matrix.SIZE // 2] = 0  # half of one image is air, which MAE leaves out
+        images[0, :, : images.shape[2] // 2] = 0  # half of one image is air, which MAE leaves out
         with torch.no_grad():
             whole, _ = head.loss(tuned, images, draws)
             parts = [head.loss(tuned, images[rows], draws[rows])[0] for rows in (slice(0, 4), slice(4, 8))]

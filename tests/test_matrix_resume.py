@@ -22,7 +22,7 @@ class Killed(BaseException):
     """What no handler catches."""
 
 
-def train(module, groups, hooks, targets=None, folder=None, kill_at=None):
+def train(module, groups, hooks, images, targets=None, folder=None, kill_at=None):
     """Two steps of the loop, with a resume file after the first."""
 
     def after_step(step, total):
@@ -32,7 +32,7 @@ def train(module, groups, hooks, targets=None, folder=None, kill_at=None):
             raise Killed
 
     rows = np.arange(8)
-    levels = (255 * matrix.images()).round().byte().numpy()
+    levels = (255 * images).round().byte().numpy()
     stream = BatchStream(levels, rows, rows, targets, 4, Seeds(0))
     fabric = Fabric(accelerator="cpu", devices=1)
     fit(
@@ -58,7 +58,7 @@ def test_a_killed_tpp_ends_in_the_same_bits(pretext, tuner, variant, tmp_path):
         tuned = matrix.attach(tuner, variant)
         module = PretextModule(tuned, matrix.make_pretext(pretext, tuned))
         groups = [*tuner_groups(tuned, 1e-3, 0.0), *head_groups(module.pretext, None, 1e-3)]
-        return train(module, groups, module.hooks(), **options)
+        return train(module, groups, module.hooks(), matrix.images(variant=variant), **options)
 
     assert_resumes(run, tmp_path)
 
@@ -72,6 +72,7 @@ def test_a_killed_fine_tuning_ends_in_the_same_bits(tuner, variant, tmp_path):
         module = SupervisedModule(tuned, task, Augmenter(AugmentOptions(), "unknown"))
         groups = [*tuner_groups(tuned, 1e-3, 0.0), Group("head", dict(task.named_parameters()), 1e-3)]
         targets = torch.arange(8) % 2
-        return train(module, groups, Hooks(tuned.after_step, tuned.after_step_buffers), targets, **options)
+        hooks = Hooks(tuned.after_step, tuned.after_step_buffers)
+        return train(module, groups, hooks, matrix.images(), targets, **options)
 
     assert_resumes(run, tmp_path)
