@@ -80,7 +80,7 @@ def test_a_diagram_holds_what_it_draws(critical):
     width = float(re.search(r"viewBox=\"0 0 ([\d.]+) ", svg).group(1))
     places = [float(x) for path in re.findall(r' d="([^"]+)"', svg) for x in re.findall(r"[ML] ([-\d.]+) ", path)]
     assert -5 <= min(places) <= max(places) <= width
-    assert "var(--series-0)" in svg
+    assert "var(--series-1)" in svg
     assert "#0" not in svg
 
 

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean, median
+from statistics import median
 
 import pandas as pd
 from markupsafe import Markup
@@ -85,6 +85,7 @@ def comparison_page(folder: Path) -> str:
     controls = _by_question(file.differences)
     scattered = main or others or file.differences
     gaps = [gap for one in scattered for gap in one.gaps]
+    finetune = _finetune_plots(comparison, arms)
     return render(
         "comparison.html",
         title=f"{file.data}: does TPP help?",
@@ -101,8 +102,8 @@ def comparison_page(folder: Path) -> str:
         scale=_scale(file, tested) if tested else None,
         seed_scale=scale_over([0.0, *gaps]),
         efficiency=_efficiency(file, arms),
-        losses=(figures.BASELINE, figures.PRETRAINED),
-        finetune=_finetune_plots(comparison),
+        finetune=finetune,
+        losses=[series for series in arms.values() if any(series in plot.looks for plot in finetune)],
         changes=_changes(file.tpp),
         stages=_stages(comparison),
         pretext=_pretext_plot(comparison),
@@ -196,14 +197,15 @@ def _efficiency(file: ComparisonFile, arms: dict[str, Series]) -> Markup | None:
 
 @dataclass(frozen=True)
 class Plot:
-    """A plot with its title."""
+    """A plot with its title, and how its lines look."""
 
     title: str
     svg: Markup
     alt: str
+    looks: tuple[Series, ...]
 
 
-def _finetune_plots(comparison: Comparison) -> list[Plot]:
+def _finetune_plots(comparison: Comparison, arms: dict[str, Series]) -> list[Plot]:
     """Losses of each tuner without TPP and with each pretext task of it, at each number of labels."""
     file = comparison.file
     plots: list[Plot] = []
@@ -211,15 +213,15 @@ def _finetune_plots(comparison: Comparison) -> list[Plot]:
     for arm in (arm for arm in file.arms if arm.init == "tpp"):
         for labels in file.labels:
             bands = {}
-            for look, name in ((figures.BASELINE, standard.get(arm.tuner, "")), (figures.PRETRAINED, arm.name)):
+            for name in (standard.get(arm.tuner, ""), arm.name):
                 logs = comparison.logs.get((name, labels))
                 if logs:
-                    bands[look] = loss_band(logs)
+                    bands[arms[name]] = loss_band(logs)
             if bands:
                 ends = ", ".join(f"{look.name} {band.mean[-1]:.3f}" for look, band in bands.items())
                 svg = figures.bands_figure(bands, f"finetune{len(plots)}", "fine-tuning loss")
                 title = f"{_without_init(arm)}, {_labels(file, labels)}"
-                plots.append(Plot(title, svg, f"Fine-tuning loss, at the end: {ends}."))
+                plots.append(Plot(title, svg, f"Fine-tuning loss, at the end: {ends}.", tuple(bands)))
     return plots
 
 
@@ -240,18 +242,19 @@ def _pretext_plot(comparison: Comparison) -> Plot | None:
         return None
     bands = {series: loss_band(comparison.tpp_logs[series.name]) for series in _stages(comparison)}
     ends = "; ".join(f"{look.name} from {band.mean[0]:.3f} to {band.mean[-1]:.3f}" for look, band in bands.items())
-    return Plot("TPP", figures.bands_figure(bands, "pretext", "pretext loss"), f"Pretext loss: {ends}.")
+    svg = figures.bands_figure(bands, "pretext", "pretext loss")
+    return Plot("TPP", svg, f"Pretext loss: {ends}.", tuple(bands))
 
 
 @dataclass(frozen=True)
 class Change:
-    """What TPP, or a control, changed for a tuner, over its seeds: median, least and greatest, as texts."""
+    """What TPP, or a control, changed for a tuner, over its seeds: of each its median and its range, as texts."""
 
     title: str
     seeds: int
-    loss_on: str
-    loss_off: str
-    drift: str
+    loss_off: tuple[str, str]
+    loss_on: tuple[str, str]
+    drift: tuple[str, str]
     seconds: float
 
 
@@ -263,18 +266,19 @@ def _changes(stages: Iterable[ComparedTPPFile]) -> list[Change]:
         Change(
             title=title,
             seeds=len(found),
-            loss_on=_range([one.pretext_loss_on for one in found]),
-            loss_off=_range([one.pretext_loss_off for one in found]),
-            drift=_range([one.feature_drift for one in found]),
-            seconds=fmean(one.seconds for one in found),
+            loss_off=_middle([one.pretext_loss_off for one in found]),
+            loss_on=_middle([one.pretext_loss_on for one in found]),
+            drift=_middle([one.feature_drift for one in found]),
+            seconds=median(one.seconds for one in found),
         )
         for title, found in by_title.items()
     ]
 
 
-def _range(values: list[float]) -> str:
-    middle = number(median(values), 4)
-    return middle if len(values) == 1 else f"{middle} ({number(min(values), 4)} – {number(max(values), 4)})"
+def _middle(values: list[float]) -> tuple[str, str]:
+    """The median, and the range where there are several."""
+    ends = f"{number(min(values), 4)} – {number(max(values), 4)}"
+    return number(median(values), 4), ends if len(values) > 1 else ""
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from medtpp.report.curves import Band, ClassCurve, smooth
 from medtpp.report.plots import GROUND, INK, MUTED, Series, panels, plotting, square, to_svg
 
 LOSS, VALIDATION = Series(0, "training loss"), Series(1, "validation loss")
-BASELINE, PRETRAINED = Series(1, "standard start"), Series(0, "after TPP")
+BASELINE, PRETRAINED = Series(0, "standard start"), Series(1, "after TPP")
 _RING: dict[str, Any] = {
     "markersize": 8,
     "markeredgewidth": 1.8,
