@@ -2,6 +2,7 @@
 
 A block `<!-- KIND: NAME -->` ... `<!-- end -->` holds the table of kind
 - `comparison` of results/NAME/comparison.json,
+- `gains` of all comparisons in the folder results/NAME,
 - `arms` of all comparisons in the folder results/NAME,
 - `segmentation` of results/NAME/evaluation.json,
 - `settings` of results/NAME.json (benchmarks/tpp_defaults.py),
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -39,27 +41,37 @@ def with_tables(text: str) -> str:
 def comparison_table(folder: Path) -> str:
     """A row for each label count and tuner, then the other arms."""
     found = _read(folder / "comparison.json")
-    means = {(row["arm"], row["labels"]): row for row in found["means"]}
-    title, points = found["metric_title"], 100
+    title = found["metric_title"]
     lines = [
         f"| labels | tuner | {title}, standard | {title}, TPP | TPP - standard, points | p (Holm) | verdict |",
         "|---:|---|---|---|---|---:|---|",
     ]
     shown: set[tuple[str, str]] = set()
-    for row in found["differences"]:
-        tuner, labels = row["arm"].split()[0], row["labels"]
-        arms = f"{tuner} standard", f"{tuner} tpp"
-        if (row["baseline"], row["arm"]) != arms:
-            continue
-        shown |= {(arm, labels) for arm in arms}
-        values = [_value(means[arm, labels]) for arm in arms]
-        gap = f"{points * row['value']:+.1f} [{points * row['low']:+.1f}, {points * row['high']:+.1f}]"
-        lines.append(f"| {labels} | {tuner} | {' | '.join(values)} | {gap} | {row['p_holm']:.3f} | {row['verdict']} |")
-    for (arm, labels), mean in means.items():
-        if (arm, labels) not in shown:
-            lines.append(f"| {labels} | {arm} | {_value(mean)} | | | | |")
+    for row, tuner, means in _pairs(found):
+        shown |= {(mean["arm"], mean["labels"]) for mean in means}
+        values = " | ".join(_value(mean) for mean in means)
+        told = f"{row['p_holm']:.3f} | {row['verdict']}"
+        lines.append(f"| {row['labels']} | {tuner} | {values} | {_gain(row)} | {told} |")
+    others = [mean for mean in found["means"] if (mean["arm"], mean["labels"]) not in shown]
+    lines += [f"| {mean['labels']} | {mean['arm']} | {_value(mean)} | | | | |" for mean in others]
     groups = f"{found['n_patients']} patients" if found["unit"] == "patient" else f"{found['n_cases']} cases"
     return "\n".join([*lines, "", f"{len(found['seeds'])} seeds, intervals over seeds and {groups} of the test."])
+
+
+def gains_table(folder: Path) -> str:
+    """A row for each pair of all comparisons."""
+    lines = [
+        "| task | tuner | labels | AUC, standard | AUC, TPP | TPP - standard, points | verdict |",
+        "|---|---|---:|---:|---:|---|---|",
+    ]
+    for path in sorted(folder.glob("*/comparison.json")):
+        found = _read(path)
+        for row, tuner, means in _pairs(found):
+            values = " | ".join(f"{mean['value']:.3f}" for mean in means)
+            lines.append(
+                f"| `{found['data']}` | {tuner} | {row['labels']} | {values} | {_gain(row)} | {row['verdict']} |"
+            )
+    return "\n".join(lines)
 
 
 def arms_table(folder: Path) -> str:
@@ -141,12 +153,27 @@ def _read(path: Path) -> dict[str, Any]:
     return found
 
 
+def _pairs(found: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str, list[dict[str, Any]]]]:
+    """Of a comparison, each difference between TPP and a tuner's own start, the tuner, and the means of both."""
+    means = {(row["arm"], row["labels"]): row for row in found["means"]}
+    for row in found["differences"]:
+        tuner = row["arm"].split()[0]
+        arms = [f"{tuner} standard", f"{tuner} tpp"]
+        if [row["baseline"], row["arm"]] == arms:
+            yield row, tuner, [means[arm, row["labels"]] for arm in arms]
+
+
+def _gain(row: dict[str, Any]) -> str:
+    return f"{100 * row['value']:+.1f} [{100 * row['low']:+.1f}, {100 * row['high']:+.1f}]"
+
+
 def _value(mean: dict[str, Any]) -> str:
     return "failed" if mean["value"] is None else f"{mean['value']:.3f} [{mean['low']:.3f}, {mean['high']:.3f}]"
 
 
 _TABLES = {
     "comparison": comparison_table,
+    "gains": gains_table,
     "arms": arms_table,
     "segmentation": segmentation_table,
     "settings": settings_table,
