@@ -120,7 +120,7 @@ def test_a_killed_run_ends_in_the_same_bits(tmp_path, kill_at):
             raise Killed
 
     with pytest.raises(Killed):
-        train(schedule=schedule, folder=tmp_path / "killed", after_step=kill)
+        train(schedule=schedule, folder=tmp_path / "killed", after_step=kill, spent=1000.0)
     done = []
     again, resumed = train(
         schedule=schedule, folder=tmp_path / "killed", after_step=lambda step, total: done.append(step)
@@ -128,6 +128,7 @@ def test_a_killed_run_ends_in_the_same_bits(tmp_path, kill_at):
     assert done == list(range((kill_at - 1) // 4 * 4 + 1, 21))
     assert_same(state(again), state(whole))
     assert figures(resumed) == figures(record)
+    assert (resumed.seconds > 1000) == (kill_at > 4)  # what a warm-up took counts, kept with the first resume file
 
 
 def test_a_run_killed_in_validation_keeps_its_best(tmp_path):

@@ -270,6 +270,13 @@ def test_head_warm_up_leaves_the_targets_alone(phantoms, tmp_path):
     close(load_file(tmp_path / "adapter" / "adapter_model.safetensors"), dict(start.adapter_state()), atol=1e-9)
 
 
+def test_the_time_of_a_head_warm_up_counts(phantoms, tmp_path, monkeypatch):
+    for stage, run, inputs in (("tpp", run_tpp, stages.tpp_inputs), ("finetune", run_finetune, stages.finetune_inputs)):
+        monkeypatch.setattr(f"medtpp.training.{stage}.warm_up_heads", lambda *_: 1000.0)
+        run(inputs(phantoms, **{stage: {"head_warmup": 1, "steps": 1}}), tmp_path / stage)
+        assert read_json(tmp_path / stage / MARKER)["seconds"] > 1000
+
+
 def test_head_warm_up_leaves_no_gradients_behind(phantoms):
     inputs = stages.tpp_inputs(phantoms)
     backbone = backbones.load(inputs.experiment.backbone, image_size=stages.SIZE)

@@ -14,6 +14,7 @@ from medtpp.errors import ConfigError
 from medtpp.files import read_json
 from medtpp.report.schema import StudyFile
 from medtpp.workflow.compare import Axes
+from medtpp.workflow.compare import run as compare_run
 from medtpp.workflow.study import keep_study, open_study, study_of
 from medtpp.workflow.study.file import folder_name, is_study, read_study
 from runs import (
@@ -278,9 +279,17 @@ def test_folders_have_as_many_levels_as_needed(tmp_path, axes, folders):
     assert {one.part.backbone for one in opened.parts} == set(("backbone", "other")[: axes.get("backbones", 0)] or [""])
 
 
-def test_each_site_is_left_out_once():
+def test_each_site_is_left_out_once(tmp_path):
+    folder = tmp_path / "sited"
+    shutil.copytree(sited_folder(), folder)
+    header, *rows = (folder / "manifest.csv").read_text().splitlines()
+    label = header.split(",").index("label")
+    some = [row.split(",") for row in rows[::5]]  # without labels: of all sites, and of none
+    unlabelled = [",".join([*row[:label], "", *row[label + 1 :]]) for row in some]
+    kept = [row for number, row in enumerate(rows) if number % 5]
+    (folder / "manifest.csv").write_text("\n".join([header, *kept, *unlabelled]) + "\n")
     study = study_of(
-        experiment(*STEPS, data=sited_folder()), Axes(labels=(12,), seeds=1),
+        experiment(*STEPS, data=folder), Axes(labels=(12,), seeds=1),
         backbones=(), folds=0, sites=True,
     )  # fmt: skip
     opened = open_study(study, None, dry_run=True)
@@ -291,9 +300,23 @@ def test_each_site_is_left_out_once():
         assert test.isdisjoint({case.patient for case in prepared.tpp})
         assert one.part.site not in {case.site for case in prepared.tpp}
         assert None in {case.site for case in prepared.tpp}
+        its = {case.id for case in prepared.dataset.cases if case.site == one.part.site and not case.labelled}
+        assert its
+        assert its <= set(prepared.excluded)
+        assert len({case.site for case in prepared.tpp if not case.labelled}) == 2  # none, and the other
     without = study_of(experiment(*STEPS), Axes(), backbones=(), folds=0, sites=True)
     with pytest.raises(ConfigError, match="column 'site' of the manifest"):
         open_study(without, None, dry_run=True)
+
+
+def test_a_cluster_has_one_folder_for_a_study(monkeypatch, tmp_path):
+    study = read_study(study_file(), settings(*STEPS)[1::2], {})
+    opened = open_study(study, tmp_path / "parts", dry_run=True)
+    told = []
+    monkeypatch.setattr(compare_run, "_run", lambda *given: told.append(given[-1]) or [])
+    assert len(opened.comparisons) > 1
+    assert list(compare_run.run_together(opened.comparisons, opened.machine, tmp_path)) == []
+    assert told == [tmp_path / "cluster"]
 
 
 def test_what_cannot_be_used_does_not_stop_the_rest(tmp_path):

@@ -166,9 +166,12 @@ def tpp(
             {name: wanted[name] for name in reached}, relative, float(chosen.learning_rate), chosen.weight_decay
         )
         head = Group("pretext", dict(task.named_parameters()), chosen.head_learning_rate)
+        hooks, spent = module.hooks(), 0.0
         if warmup:
-            warm_up_heads(fabric, module, [head], targets, stream, warmup, module.hooks())
-        record = fit(fabric, module, [*targets, head], stream, schedule_of(chosen), title="TPP", hooks=module.hooks())
+            spent = warm_up_heads(fabric, module, [head], targets, stream, warmup, hooks)
+        record = fit(
+            fabric, module, [*targets, head], stream, schedule_of(chosen), title="TPP", hooks=hooks, spent=spent
+        )
     card = TPPCard(
         pretext=pretext_options.model_dump(mode="json"),
         steps=number(chosen.steps),

@@ -90,7 +90,7 @@ def show_split(prepared: Prepared, *, tpp: bool) -> None:
     if tpp and prepared.excluded:
         console.print(
             f"[yellow]note:[/yellow] {len(prepared.excluded)} unlabelled images are left out of TPP: they are "
-            "unreadable, or share pixels or a patient with validation or test cases."
+            "unreadable, set apart for validation or test, or share pixels or a patient with cases that are."
         )
     show_problems(prepared.problems)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from medtpp.data.case import Case, Dataset, Record
 from medtpp.data.split import assign, groups, require_classes
@@ -11,8 +11,14 @@ from medtpp.errors import DataError
 from medtpp.seeds import Seeds
 
 
+class _Holdout:
+    def resplit(self, case: Case) -> Case:
+        """A case without the split that is prescribed for it; of an unlabelled one it says what TPP may not see."""
+        return replace(case, split=None) if case.labelled else case
+
+
 @dataclass(frozen=True)
-class Fold:
+class Fold(_Holdout):
     """One of several parts of the labelled cases, each of them the test set once.
 
     Attributes:
@@ -57,7 +63,7 @@ class Fold:
 
 
 @dataclass(frozen=True)
-class LeftOut:
+class LeftOut(_Holdout):
     """One site as the test set.
 
     Attributes:
@@ -70,6 +76,11 @@ class LeftOut:
     def title(self) -> str:
         """In a reader's words."""
         return f"site {self.site} left out"
+
+    def resplit(self, case: Case) -> Case:
+        """As `Fold.resplit`; TPP sees nothing of the site, its unlabelled cases neither."""
+        unseen = not case.labelled and case.site == self.site
+        return replace(case, split="test") if unseen else super().resplit(case)
 
     def split(
         self, dataset: Dataset, records: Mapping[str, Record], *, seeds: Seeds, val_fraction: float

@@ -183,9 +183,10 @@ def _train(fabric: Fabric, inputs: FinetuneInputs, folder: Path) -> StageResult:
         stream = train.stream(batch_size, seeds.child("start"), fabric)
         losses = first_losses(module.to(fabric.device), stream, fabric.device)
         tuned.start_from(losses, lambda values: cast(Tensor, fabric.all_reduce(values)))
+    spent = 0.0
     if options.head_warmup and targets and not (folder / RESUME).is_file():
         stream = train.stream(batch_size, seeds.child("head-warmup"), fabric)
-        warm_up_heads(fabric, module, heads, targets, stream, options.head_warmup)
+        spent = warm_up_heads(fabric, module, heads, targets, stream, options.head_warmup)
     validation = _validation(inputs, tuned, task, fabric)
     record = fit(
         fabric,
@@ -197,6 +198,7 @@ def _train(fabric: Fabric, inputs: FinetuneInputs, folder: Path) -> StageResult:
         title="fine-tuning",
         hooks=Hooks(tuned.after_step, tuned.after_step_buffers),
         validate=validation.score if options.keep == "best" else None,
+        spent=spent,
     )
     result = StageResult(number(options.steps), batch_size, rate, record, parameters=count_parameters(tuned, head=task))
     if fabric.global_rank == 0:

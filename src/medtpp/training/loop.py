@@ -110,6 +110,7 @@ def fit(
     hooks: Hooks | None = None,
     validate: Callable[[], float] | None = None,
     score_name: str = "validation",
+    spent: float = 0.0,
 ) -> Record:
     """Train the parameters of `groups`.
 
@@ -124,6 +125,7 @@ def fit(
         hooks: What the method needs beside.
         validate: Gives a score, higher is better; the parameters of the best score are kept in the end.
         score_name: Of the score, in the log.
+        spent: Seconds that a warm-up took; they count.
 
     Raises:
         MedtppError: The loss is not finite, or a parameter gets no gradient in two steps.
@@ -136,7 +138,7 @@ def fit(
     model, wrapped = fabric.setup(module, optimizer)
     hooks = hooks or Hooks()
     state = RunState(parameters, wrapped, hooks.buffers())  # after `setup`, which moves buffers to new places
-    record = Record()
+    record = Record(seconds=spent)
     start = state.resume(folder / RESUME, record, fabric) if folder else 0
     reached: set[str] = set()
     taken = 2 if start else 0  # of the first two steps, after which every parameter must have had a gradient
@@ -195,10 +197,10 @@ def fit(
                 write_log(folder, record, fabric)
     state.restore_best(record)
     _check_finite(parameters, schedule.steps)
-    spent = max(time.perf_counter() - began, 1e-9)
-    record.seconds = before + spent
-    record.images_per_second = seen / spent
-    record.waiting = (stream.waited - waited_before) / spent
+    took = max(time.perf_counter() - began, 1e-9)
+    record.seconds = before + took
+    record.images_per_second = seen / took
+    record.waiting = (stream.waited - waited_before) / took
     record.peak_memory = memory.mib()
     if folder:
         write_log(folder, record, fabric)

@@ -27,7 +27,7 @@ class Record:
     Attributes:
         rows: The log, one row for each logged step.
         best: Best validation score with its step, or None.
-        seconds: Of training, with what a resumed run did before its last checkpoint.
+        seconds: Of training, with the warm-up of heads and what a resumed run did before its last checkpoint.
         images_per_second: Over all steps of this process's run.
         waiting: Share of the time spent waiting for data.
         peak_memory: MiB, see `PeakMemory`.

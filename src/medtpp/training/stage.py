@@ -177,13 +177,17 @@ def warm_up_heads(
     stream: Stream,
     steps: int,
     hooks: Hooks | None = None,
-) -> None:
-    """Train new heads alone, so that their first gradients do not move the target parameters at random."""
+) -> float:
+    """Train new heads alone, so that their first gradients do not move the target parameters at random.
+
+    Returns:
+        Seconds that it took.
+    """
     waiting = [parameter for group in targets for parameter in group.parameters.values()]
     for parameter in waiting:
         parameter.requires_grad_(False)
     try:
-        fit(fabric, module, heads, stream, Schedule(steps), title="head", hooks=hooks or Hooks())
+        return fit(fabric, module, heads, stream, Schedule(steps), title="head", hooks=hooks or Hooks()).seconds
     finally:
         for parameter in waiting:
             parameter.requires_grad_(True)

@@ -113,9 +113,10 @@ def _train(fabric: Fabric, inputs: TPPInputs, folder: Path) -> StageResult:
     heads = head_groups(pretext, dense, options.head_learning_rate)
     targets = tuner_groups(tuned, rate, options.weight_decay)
 
+    spent = 0.0
     if head_warmup and not (folder / RESUME).is_file():
         warmup_stream = data.stream(batch_size, seeds.child("head-warmup"), fabric)
-        warm_up_heads(fabric, module, heads, targets, warmup_stream, head_warmup, module.hooks())
+        spent = warm_up_heads(fabric, module, heads, targets, warmup_stream, head_warmup, module.hooks())
     stream = data.stream(batch_size, seeds.child("tpp"), fabric)
     monitor = Monitor(tuned, fabric, plan.data) if plan else None
     record = fit(
@@ -129,6 +130,7 @@ def _train(fabric: Fabric, inputs: TPPInputs, folder: Path) -> StageResult:
         hooks=module.hooks(),
         validate=monitor.score if monitor else None,
         score_name="monitor",
+        spent=spent,
     )
 
     images = data.images(limit=32).to(fabric.device)

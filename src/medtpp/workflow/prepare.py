@@ -112,9 +112,10 @@ def prepare(
         ConfigError: Methods do not fit together.
     """
     experiment, dataset = with_task(experiment, read_dataset(experiment.data))
-    if all_test or held_out is not None:  # the split of unlabelled cases still says what TPP may not see
-        cases = (replace(case, split=None) if all_test or case.labelled else case for case in dataset.cases)
-        dataset = dataset.with_cases(tuple(cases))
+    if all_test:
+        dataset = dataset.with_cases(tuple(replace(case, split=None) for case in dataset.cases))
+    elif held_out is not None:
+        dataset = dataset.with_cases(tuple(held_out.resplit(case) for case in dataset.cases))
     positive = experiment.data.positive
     if positive is not None and (len(dataset.classes) != 2 or positive not in dataset.classes):
         raise ConfigError(

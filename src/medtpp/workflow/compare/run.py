@@ -79,8 +79,8 @@ def run_together(comparisons: Mapping[str, tuple[Comparison, Path]], machine: Ma
     """
     jobs: list[Job] = []
     names: dict[str, str] = {}
-    for prefix, (comparison, out) in comparisons.items():
-        for job in _jobs(comparison, out):
+    for prefix, (comparison, folder) in comparisons.items():
+        for job in _jobs(comparison, folder):
             after = None if job.after is None else prefix + job.after
             jobs.append(replace(job, name=prefix + job.name, after=after))
             names[jobs[-1].name] = job.name
