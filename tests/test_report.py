@@ -265,6 +265,17 @@ def test_a_comparison_says_what_came_out():
     assert len(found.all("option")) == 1 + 10
 
 
+def test_an_arm_looks_the_same_in_all_plots(tmp_path):
+    folder = write_comparison(tmp_path, tuners=("lora", "ssf"), extras=("linear",), labels=(30, 150))
+    text = write_report(folder).read_text()
+    arms, tuned = (
+        dict(re.findall(r'<li data-series="(\d+)">.*?</svg>\s*([^<>]+)</li>', legend, flags=re.DOTALL))
+        for legend in re.findall(r'<ul class="legend">(.*?)</ul>', text, flags=re.DOTALL)[:2]
+    )
+    assert set(tuned.values()) == {"lora standard", "lora tpp", "ssf standard", "ssf tpp"}
+    assert tuned.items() <= arms.items()
+
+
 def test_the_smallest_comparison():
     found = pages()["small comparison"]
     assert "At 30 labels, TPP helped." in found.text

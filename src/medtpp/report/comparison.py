@@ -105,7 +105,6 @@ def comparison_page(folder: Path) -> str:
         finetune=finetune,
         losses=[series for series in arms.values() if any(series in plot.looks for plot in finetune)],
         changes=_changes(file.tpp),
-        stages=_stages(comparison),
         pretext=_pretext_plot(comparison),
         costs=_costs(file),
         failed=[(one.cell, without_folders(one.reason)) for one in file.failed],
@@ -233,14 +232,10 @@ def _labels(file: ComparisonFile, labels: str) -> str:
     return f"{file.label_counts[labels]:,} labels" + (" (all)" if labels == "all" else "")
 
 
-def _stages(comparison: Comparison) -> list[Series]:
-    return [Series(index, title) for index, title in enumerate(comparison.tpp_logs)]
-
-
 def _pretext_plot(comparison: Comparison) -> Plot | None:
     if not comparison.tpp_logs:
         return None
-    bands = {series: loss_band(comparison.tpp_logs[series.name]) for series in _stages(comparison)}
+    bands = {Series(index, title): loss_band(logs) for index, (title, logs) in enumerate(comparison.tpp_logs.items())}
     ends = "; ".join(f"{look.name} from {band.mean[0]:.3f} to {band.mean[-1]:.3f}" for look, band in bands.items())
     svg = figures.bands_figure(bands, "pretext", "pretext loss")
     return Plot("TPP", svg, f"Pretext loss: {ends}.", tuple(bands))
