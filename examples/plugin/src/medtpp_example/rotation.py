@@ -36,7 +36,8 @@ class Rotation(Pretext):
     def loss(self, backbone: Backbone, images: Tensor, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
         """Cross-entropy; every random number comes from `draws`, so that a resumed run turns the same."""
         turns = (draws.uniform("rotation/turns") * 4).long()  # (B,) 0 .. 3
-        every = torch.stack([torch.rot90(images, turn, (-2, -1)) for turn in range(4)])  # of square images
+        size = images.shape[2:]  # of the plane, height and width change places: stretched back
+        every = torch.stack([F.interpolate(torch.rot90(images, turn, (-2, -1)), size) for turn in range(4)])
         turned = every[turns, torch.arange(len(images), device=images.device)]
         logits = self.predict(backbone.encode(turned).pooled(self.pooling)).float()
         return F.cross_entropy(logits, turns), {"told": (logits.argmax(dim=1) == turns).float().mean()}
