@@ -304,6 +304,7 @@ def test_fine_tuning_has_the_same_bits_for_the_same_seed():
     ("images", "labels", "message"),
     [
         (unit, ["a", "b"], "8 images and 2 labels"),
+        (unit, torch.arange(8) % 2, "names of classes; here is a Tensor"),  # each would be a class of its own
         (unit, ["a"] * 8, "two classes"),
         (lambda: unit() * 255, ["a", "b"] * 4, "Divide by 255"),
         (lambda: (unit() * 255).byte(), ["a", "b"] * 4, "Divide by 255"),

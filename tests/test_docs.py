@@ -143,6 +143,12 @@ def test_the_code_of_the_readme_does_what_it_says(namespace, capsys):
     assert all("lora_" in name for name in found["record"].trained)
 
 
+def test_the_readme_tells_the_size_of_its_backbones_images():
+    """A network that stands in runs the code, so that a wrong size would not be seen there."""
+    (told,) = re.findall(r"# \(N, C, (\d+), (\d+)\)", (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert tuple(map(int, told)) == medtpp.load("medtpp_vit_tiny").spec.image_size
+
+
 def test_a_script_with_peft_keeps_its_head(namespace, capsys):
     found = run_blocks(ROOT / "docs" / "python.md", namespace)
     record = found["record"]

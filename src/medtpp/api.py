@@ -212,12 +212,17 @@ def finetune(
         options: Fields of `FinetuneOptions`. The weights of the last step are kept: there is no validation set here.
 
     Raises:
-        ConfigError: Images and labels do not fit together.
+        ConfigError: Images and labels do not fit together, or labels are no names.
     """
     if not isinstance(model, TunedBackbone):
         raise ConfigError(f"medtpp.finetune takes what medtpp.attach gave, not a {type(model).__name__}.")
     if len(images) != len(labels):
         raise ConfigError(f"There are {len(images)} images and {len(labels)} labels.")
+    if not all(isinstance(label, str) for label in labels):
+        raise ConfigError(
+            f"Labels are names of classes; here is a {type(labels[0]).__name__}. Numbers become names by "
+            "[names[number] for number in labels]."
+        )
     classes = tuple(sorted(set(labels)))
     if len(classes) < 2:
         raise ConfigError(f"At least two classes are needed; the labels hold {', '.join(classes) or 'none'}.")

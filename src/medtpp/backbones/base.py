@@ -308,7 +308,10 @@ class Backbone(nn.Module, ABC):
         expected = self.spec.image_size
         if tuple(images.shape[2:]) != expected:
             size, want = "x".join(map(str, images.shape[2:])), "x".join(map(str, expected))
-            raise DataError(f"Images are {size} pixels; the backbone {self.spec.name} was loaded for {want}.")
+            raise DataError(
+                f"Images are {size} pixels; the backbone {self.spec.name} was loaded for {want}. Resize them, or load "
+                "it with their image_size."
+            )
 
     def _standardise(self, images: Tensor) -> Tensor:
         return (match_channels(images, self.spec.channels) - self.mean) / self.std
