@@ -51,7 +51,8 @@ def predict(
         list[Path] | None, typer.Option("--with", help="Another adapter, to average the probabilities. Repeatable.")
     ] = None,
     mask_format: Annotated[
-        MaskFormat, typer.Option("--format", help="Of masks. auto: as the scan; DICOM becomes DICOM-SEG.")
+        MaskFormat,
+        typer.Option("--format", help="Of masks. auto: as the scan; DICOM becomes DICOM-SEG, with the patient in it."),
     ] = MaskFormat.auto,
     probabilities: Annotated[
         bool, typer.Option("--probabilities", help="Beside each mask a NIfTI map for each structure.")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from importlib.metadata import version
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -146,8 +147,10 @@ def write_dicom_seg(
     """
     from medtpp.data.volumes.header import discreet
 
+    content = BytesIO()
     try:
-        sources, order = _sources(files)
+        with discreet("no DICOM segmentation can be made from its header. Write NIfTI instead."):
+            sources, order = _sources(files)
         if len(order) != len(labels):
             raise ValueError(f"{len(labels)} slices of labels for {len(order)} slices of the source")
         pixels = np.empty_like(labels)
@@ -155,11 +158,11 @@ def write_dicom_seg(
         if overlapping:
             pixels = np.stack([pixels >> np.uint8(bit) & np.uint8(1) for bit in range(len(structures))], axis=-1)
         with discreet("no DICOM segmentation can be made from its header. Write NIfTI instead."):
-            segmentation = _segmentation(sources, pixels, structures)
+            _segmentation(sources, pixels, structures).save_as(content)
     except DataError as error:
         raise DataError(f"{files[0]}: {error.message}", error.problems) from None
     with atomic(path) as temporary:
-        segmentation.save_as(temporary)
+        temporary.write_bytes(content.getbuffer())
 
 
 def _on_grid(labels: NDArray[np.uint8], geometry: Geometry) -> NDArray[np.uint8]:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import logging
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,6 +38,10 @@ PROJECTIONS = frozenset({"CR", "DX", "MG", "IO", "PX", "RF", "XA", "RG", "DXA", 
 _NO_SCANS = frozenset({"SEG", "RTDOSE", "RTIMAGE", "PR", "KO", "SR", "REG", "DOC"})
 
 _NO_DICOM = "is no DICOM file, or its header is broken."
+
+# Where a warning about a header may be said to come from: libraries name themselves or whoever called them.
+_QUIET_MODULES = r"(pydicom|highdicom|medtpp\.data|medtpp\.inference)\b"
+_QUIET = ("ignore", None, Warning, re.compile(_QUIET_MODULES), 0)
 
 # What tells apart the stacks of one series, in the order tried.
 _STACK_KEYS = (
@@ -98,19 +104,32 @@ class Header:
 
 @contextmanager
 def discreet(reason: str) -> Iterator[None]:
-    """Work with pydicom whose errors and warnings are not passed on: both may quote the header.
+    """Work with DICOM files whose errors, warnings and log entries are not passed on: all three may quote the header.
+
+    Nothing is switched on and off that other threads share, since several read at once.
 
     Raises:
         DataError: Any error inside, with `reason` in place of its text.
     """
-    with warnings.catch_warnings(), pydicom.config.disable_value_validation():
-        warnings.simplefilter("ignore")
-        try:
-            yield
-        except (DataError, MemoryError):
-            raise
-        except Exception:  # noqa: BLE001 - on broken files pydicom and the decoders raise nearly any type
-            raise DataError(reason) from None
+    _keep_quiet()
+    try:
+        yield
+    except (DataError, MemoryError):
+        raise
+    except Exception:  # noqa: BLE001 - on broken files pydicom and the decoders raise nearly any type
+        raise DataError(reason) from None
+
+
+def _keep_quiet() -> None:
+    """Silence the DICOM libraries, for as long as the process lives; handlers of their own loggers still see all."""
+    pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE  # values as they are, without a word
+    for name in ("pydicom", "highdicom"):
+        logger = logging.getLogger(name)
+        logger.propagate = False
+        if not logger.handlers:  # else Python's handler of last resort would print
+            logger.addHandler(logging.NullHandler())
+    if _QUIET not in warnings.filters:  # whoever restores the filters, as pytest does, takes it away again
+        warnings.filterwarnings("ignore", module=_QUIET_MODULES)
 
 
 def is_dicom(path: Path) -> bool:

@@ -46,8 +46,8 @@ class PixelFile:
         self.dataset = open_dataset(path)
         if "PixelData" not in self.dataset:
             raise DataError("holds no pixels, or is truncated before them. Export it again.")
-        self.modality = str(self.dataset.get("Modality") or "")
         with discreet("has a broken DICOM header (the scaling of its values). Export it again."):
+            self.modality = str(self.dataset.get("Modality") or "")
             self._shared = next(iter(self.dataset.get("SharedFunctionalGroupsSequence") or ()), Dataset())
             self._per_frame = self.dataset.get("PerFrameFunctionalGroupsSequence") or ()
             scaling = self._find("PixelValueTransformationSequence", 0)

@@ -36,12 +36,12 @@ def read_segmentation(path: Path, geometry: Geometry) -> NDArray[np.integer[Any]
             overlap. The reason without the path.
     """
     dataset = open_dataset(path)
-    if dataset.get("Modality") != "SEG" or geometry.dims != 3:
-        raise DataError("is no DICOM segmentation (SEG) of a volume. Save masks as SEG, NIfTI or PNG.")
-    kind = str(dataset.get("SegmentationType", ""))
-    if kind not in ("BINARY", "LABELMAP"):
-        raise DataError("is a segmentation of fractions. Save it as BINARY or LABELMAP.")
     with discreet("is truncated or broken, or its compression is not supported. Export it again."):
+        if dataset.get("Modality") != "SEG" or geometry.dims != 3:
+            raise DataError("is no DICOM segmentation (SEG) of a volume. Save masks as SEG, NIfTI or PNG.")
+        kind = str(dataset.get("SegmentationType", ""))
+        if kind not in ("BINARY", "LABELMAP"):
+            raise DataError("is a segmentation of fractions. Save it as BINARY or LABELMAP.")
         size, count = (int(dataset.Rows), int(dataset.Columns)), int(dataset.NumberOfFrames)
         planes = planes_of(path, dataset, size, count)
         frames = pixel_array(dataset).reshape(count, *size)
