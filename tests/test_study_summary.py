@@ -201,6 +201,22 @@ def test_arms_are_ranked_where_all_sets_have_them(tmp_path):
     assert "Ranks take 3 data sets or more" in found.reason
 
 
+def test_ranks_are_of_the_same_seeds(tmp_path):
+    """The longer arm is the worst on every seed, but failed on the hard one, without which its mean is the best."""
+    order = {"lora tpp": 0.04, "lora standard": 0.02, "lora longer": 0.01}
+    hard = lambda arm, index, seed: (0.3 if seed == 0 else 0.6) + order[arm]  # noqa: E731
+    sets = [write_part(tmp_path / f"r{n}", hard, extras=("longer",), **FEW) for n in range(3)]
+    for folder in sets:
+        cells = pd.read_csv(folder / "cells.csv", dtype=str)
+        cells.loc[(cells.arm == "lora longer") & (cells.seed == "0"), "status"] = "failed"
+        cells.to_csv(folder / "cells.csv", index=False)
+    found = summarise_study([part(folder) for folder in sets], tmp_path)
+    best = {score.arm: score.value for score in found.scores if score.dataset == "r0"}
+    assert max(best, key=best.get) == "lora longer"
+    assert found.ranks[0].arms == ("lora tpp", "lora standard", "lora longer")
+    assert found.ranks[0].ranks == (1, 2, 3)
+
+
 def test_labels_saved(tmp_path):
     """0.05 for each step of the label count: a gain of 0.025 is half a step on the logarithmic axis."""
     folder = write_part(tmp_path / "a", rising((0.025, 0.025, 0.0)), seeds=5, cases=8, noise=0.001)

@@ -134,17 +134,22 @@ def _scores(one: DataSet, level: str, arms: Iterable[ArmFile]) -> list[ScoreFile
 
 
 def _ranks(sets: Sequence[DataSet], level: str, scores: Iterable[ScoreFile]) -> RankFile:
-    """Mean ranks of arms over the data sets that have all of them."""
-    table = {(one.dataset, one.arm): one.value for one in scores if one.level == level and one.value is not None}
+    """Mean ranks of arms over the data sets that have all of them.
+
+    On each, all arms are scored over the same comparisons and seeds: else one that failed on a hard fold would gain.
+    """
+    table = [(one.dataset, one.arm) for one in scores if one.level == level and one.value is not None]
     there = {one.name: [arm for name, arm in table if name == one.name] for one in sets}
     names, arms = _widest({name: found for name, found in there.items() if found})
+    rows = {one.name: row for one in sets if one.name in names and (row := one.side_by_side(arms, level))}
+    names = list(rows)
     every = [*dict.fromkeys(arm for _, arm in table), *(name for name, found in there.items() if found)]
     told: dict[str, Any] = {"level": level, "sets": len(names)}
     for what, count, least in (("data sets", len(names), FEWEST_SETS), ("arms", len(arms), FEWEST_ARMS)):
         if count < least:
             return RankFile(**told, reason=f"Ranks take {least} {what} or more; here are {count} that can be compared.")
     signs = {one.name: one.sign for one in sets}
-    values = np.array([[signs[name] * table[name, arm] for arm in arms] for name in names])
+    values = np.array([np.multiply(signs[name], rows[name]) for name in names])
     ranking = rank_arms(values, sets[0].coverage)
     order = np.argsort(ranking.ranks, kind="stable").tolist()
     found = RankFile(

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from medtpp.evaluation.across import average
 from medtpp.evaluation.paired import LOWER_IS_BETTER, Difference
 from medtpp.report.schema import ArmFile
@@ -76,6 +78,21 @@ class DataSet:
         found = [(part.number, part.mean(arm, labels)) for part in self.parts]
         known = [(number, mean) for number, mean in found if mean is not None]
         return average(known, self.coverage) if known else None
+
+    def side_by_side(self, arms: Sequence[str], level: str) -> list[float] | None:
+        """The arms' mean scores on equal terms: over the comparisons that have all of them, and the seeds all have."""
+        labels = self.levels.get(level, "")
+        means = []
+        for part in self.parts:
+            found = [part.scores.get((arm, labels)) for arm in arms]
+            known = [scores for scores in found if scores is not None]
+            seeds = (
+                frozenset[int].intersection(*(frozenset(scores.seeds) for scores in known)) if known else frozenset()
+            )
+            if len(known) == len(arms) and seeds:
+                means.append([float(scores.select(sorted(seeds)).values.mean()) for scores in known])
+        over_parts = np.mean(means, axis=0) if means else np.full(len(arms), np.nan)
+        return None if np.isnan(over_parts).any() else over_parts.tolist()
 
     def describe(self) -> SetFile:
         """What is told of the data set."""
