@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 from pydicom.dataset import Dataset
 from pydicom.encaps import encapsulate
+from pydicom.pixels.processing import apply_voi_lut
 from pydicom.sequence import Sequence
 from pydicom.uid import (
     ImplicitVRLittleEndian,
@@ -174,6 +175,101 @@ def test_radiographs(tmp_path):
     assert (windowed[pixels < 400] == 4095).all()
     image.add_new("PixelPaddingValue", "US", int(pixels[2, 3]))
     assert read_one(tmp_path / "x.dcm", image).array[0, 2, 3] == windowed.min()
+
+
+def table(entries, first=0, bits=12):
+    """A VOI LUT."""
+    item = Dataset()
+    item.add_new("LUTDescriptor", "SS" if first < 0 else "US", [len(entries), first, bits])
+    item.add_new("LUTData", "US", [int(entry) for entry in entries])
+    return Sequence([item])
+
+
+RESCALED = {
+    "quarter": (0.25, 0),
+    "unit": (1 / 4095, 0),
+    "half": (0.5, -100.5),
+    "offset": (1, -0.5),
+    "turned": (-0.25, 1023.75),
+    "distant": (1 / 4095, 1000),
+    "too large": (40, 0),
+}
+
+
+@pytest.mark.parametrize("shown", ["plain", "window", "sigmoid", "LUT"])
+@pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
+@pytest.mark.parametrize("scale", RESCALED)
+def test_a_rescaled_radiograph_keeps_its_grey_levels(tmp_path, scale, photometric, shown):
+    stored = np.arange(4096, dtype=np.uint16).reshape(64, 64)
+    slope, intercept = RESCALED[scale]
+    ends = sorted((intercept, 4095 * slope + intercept))
+    image = dataset(stored, Modality="DX", BitsStored=12, HighBit=11, PhotometricInterpretation=photometric)
+    image.RescaleSlope, image.RescaleIntercept = f"{slope:.9g}", intercept
+    if shown in ("window", "sigmoid"):
+        image.WindowCenter, image.WindowWidth = f"{sum(ends) / 2:.9g}", f"{ends[1] - ends[0]:.9g}"
+        image.VOILUTFunction = "SIGMOID" if shown == "sigmoid" else "LINEAR"
+    elif shown == "LUT":
+        if scale == "too large":
+            pytest.skip("a table has 2**16 entries at most")
+        first, last = np.floor(ends[0]), np.ceil(ends[1])
+        image.VOILUTSequence = table(np.linspace(0, 65535, int(last - first) + 1), int(first), 16)
+    array = read_one(tmp_path / "x.dcm", image).array[0].ravel().astype(int)
+    steps = np.diff(array) * (1 if slope > 0 else -1) * (1 if photometric == "MONOCHROME2" else -1)
+    assert (steps >= 0).all()  # the order of the stored values, or the other way round
+    if shown == "sigmoid":  # flat at the ends
+        assert (steps > 0).mean() > 0.3
+        assert (steps[1024:3072] > 0).mean() > 0.6
+    else:
+        assert len(np.unique(array)) >= 4095
+    if shown == "plain":
+        levels = stored.ravel() if (slope > 0) == (photometric == "MONOCHROME2") else 4095 - stored.ravel()
+        assert np.array_equal(array, levels)
+
+
+@pytest.mark.parametrize("scale", [(1, 0), (2, 0), (1, -1000)])
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("windowed", [False, True])
+def test_radiographs_of_whole_numbers_are_as_pydicom_shows_them(tmp_path, scale, signed, windowed):
+    stored = np.arange(-2048, 2048).astype(np.int16) if signed else np.arange(4096).astype(np.uint16)
+    image = dataset(stored.reshape(64, 64), Modality="CR", BitsStored=12, HighBit=11)
+    image.RescaleSlope, image.RescaleIntercept = scale
+    if windowed:
+        image.WindowCenter, image.WindowWidth = [700, 3], [900, 2]
+    expected = apply_voi_lut(stored.astype(int) * scale[0] + scale[1], image)
+    expected = np.rint(expected - min(expected.min(), 0))
+    assert np.array_equal(read_one(tmp_path / "x.dcm", image).array.ravel(), expected)
+
+
+def test_padding_of_a_rescaled_radiograph(tmp_path):
+    stored = np.arange(1, 4097, dtype=np.uint16).reshape(64, 64) % 4096
+    image = dataset(stored, Modality="DX", BitsStored=12, HighBit=11, PhotometricInterpretation="MONOCHROME1")
+    image.RescaleSlope, image.RescaleIntercept = 0.25, 0
+    image.add_new("PixelPaddingValue", "US", 0)  # white in MONOCHROME1
+    array = read_one(tmp_path / "x.dcm", image).array[0]
+    assert array[-1, -1] == 0
+    assert np.array_equal(array.ravel()[:-1], 4095 - stored.ravel()[:-1])
+
+
+def test_inverted_values_of_other_modalities_keep_their_fractions(tmp_path):
+    image = dataset(VALUES[0], Modality="OT", PhotometricInterpretation="MONOCHROME1")
+    image.RescaleSlope, image.RescaleIntercept = 0.25, 0.25
+    array = read_one(tmp_path / "x.dcm", image).array[0]
+    assert array.dtype == np.float32
+    np.testing.assert_allclose(array, 0.25 + (65535 - VALUES[0].astype(float)) / 4)
+
+
+@pytest.mark.parametrize("packed", [None, np.uint16, np.uint8])
+def test_a_table_of_eight_bits_may_be_long(tmp_path, packed):
+    entries = np.linspace(0, 255, 4096).astype(int)
+    image = dataset(np.arange(4096, dtype=np.uint16).reshape(64, 64), Modality="CR", BitsStored=12, HighBit=11)
+    image.VOILUTSequence = table(entries, bits=8)
+    if packed:
+        image.VOILUTSequence[0].add_new("LUTData", "OW", entries.astype(packed).tobytes())
+    assert np.array_equal(read_one(tmp_path / "x.dcm", image).array.ravel(), entries)
+    image.VOILUTSequence[0].LUTDescriptor = [5000, 0, 8]
+    if packed is None:
+        with pytest.raises(DataError, match="VOI LUT that is too short"):
+            read_one(tmp_path / "x.dcm", image)
 
 
 def test_windows_and_monochrome1_do_not_touch_measured_values(tmp_path):

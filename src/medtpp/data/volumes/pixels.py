@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydicom.dataset import Dataset
 from pydicom.pixels.decoders.base import get_decoder
-from pydicom.pixels.processing import apply_color_lut, apply_modality_lut, apply_voi_lut
+from pydicom.pixels.processing import apply_color_lut, apply_modality_lut, apply_windowing
 from pydicom.pixels.utils import pixel_array
 from pydicom.uid import AllTransferSyntaxes
 
@@ -27,6 +28,27 @@ AIR = -1024  # HU, the lower end of a 12-bit scale: what takes the place of pixe
 
 gdcm.Trace.WarningOff()
 gdcm.Trace.ErrorOff()
+
+
+@dataclass(frozen=True)
+class _Table:
+    """A VOI LUT. pydicom's own looks up tables of 8 bits with a number of 8 bits, whatever their length.
+
+    Attributes:
+        first: The value that the first entry is for; smaller ones have it too, and those above the last entry the last.
+        entries: Grey levels, one for each whole number.
+        depth: Their bits.
+    """
+
+    first: int
+    entries: NDArray[np.int64]
+    depth: int
+
+    def looked_up(self, values: NDArray[Any]) -> NDArray[np.float64]:
+        """The grey level of each value; along the line between two entries where a value is not whole."""
+        places = np.arange(self.first, self.first + len(self.entries))
+        levels: NDArray[np.float64] = np.interp(values, places, self.entries)
+        return levels
 
 
 class PixelFile:
@@ -60,8 +82,9 @@ class PixelFile:
         Rescale slope and intercept (or the modality LUT) are applied, MONOCHROME1 is inverted where values are not
         measured, palettes and YBR become RGB. The VOI LUT or window is applied to radiographs alone: their stored
         values follow each detector, and the VOI LUT is part of the image that is read and published. Of CT it would
-        cut away HU. Padding (PixelPaddingValue) is no tissue: it becomes air in CT, 0 in other measured images (or
-        their smallest value if that is below), else the darkest value of the rest.
+        cut away HU. A radiograph whose rescaled values are no whole numbers, or do not fit into 16 bits, is spread over
+        the levels of its stored bits. Padding (PixelPaddingValue) is no tissue: it becomes air in CT, 0 in other
+        measured images (or their smallest value if that is below), else the darkest value of the rest.
 
         Returns:
             (H, W) or (H, W, 3): integers where scaling keeps them so, uint8 or uint16 for radiographs and colour, else
@@ -85,11 +108,13 @@ class PixelFile:
         if stored.ndim == 3:
             return _grey_if_equal(stored)
         padding = self._padding(stored)
-        values = self._scaled(stored, frame)
+        slope, intercept = self._rescaling(frame)
+        values = self._scaled(stored, slope, intercept)
+        whole, span = slope.is_integer() and intercept.is_integer(), self._span(slope, intercept)
         if self.modality in PROJECTIONS:
-            values = self._presented(values)
+            values, whole = self._presented(values, whole, span), True
         if photometric == "MONOCHROME1" and self.modality not in MEASURED:
-            values = self._inverted(values)
+            values = self._inverted(values) if whole else np.float32(sum(span)) - values
         if padding is not None and padding.any() and not padding.all():
             # Unsigned stored values without an intercept cannot hold the air of a CT.
             values = values.astype(np.int32) if self.hounsfield and values.dtype.kind == "u" else values.copy()
@@ -99,27 +124,98 @@ class PixelFile:
             values[padding] = darkest
         return values
 
-    def _scaled(self, stored: NDArray[Any], frame: int) -> NDArray[Any]:
+    def _rescaling(self, frame: int) -> tuple[float, float]:
+        """Slope and intercept; those that change nothing where a modality LUT takes their place."""
         if self.dataset.get("ModalityLUTSequence"):
-            table: NDArray[Any] = apply_modality_lut(stored, self.dataset)
-            return table
+            return 1.0, 0.0
         scaling = self._find("PixelValueTransformationSequence", frame)
         slope, intercept = scaling.get("RescaleSlope"), scaling.get("RescaleIntercept")
         slope, intercept = 1.0 if slope is None else float(slope), 0.0 if intercept is None else float(intercept)
         if not (np.isfinite(slope) and np.isfinite(intercept) and slope):
             raise DataError("has a broken DICOM header (a rescale slope of 0, or not finite). Export it again.")
+        return slope, intercept
+
+    def _scaled(self, stored: NDArray[Any], slope: float, intercept: float) -> NDArray[Any]:
+        if self.dataset.get("ModalityLUTSequence"):
+            table: NDArray[Any] = apply_modality_lut(stored, self.dataset)
+            return table
         if slope == 1 and intercept.is_integer():
             return stored if intercept == 0 else stored.astype(np.int64) + int(intercept)
-        return stored.astype(np.float32) * np.float32(slope) + np.float32(intercept)
+        # Levels of a radiograph may lie closer than single precision tells apart beside a large intercept.
+        kind: type[np.floating[Any]] = np.float64 if self.modality in PROJECTIONS else np.float32
+        scaled: NDArray[np.floating[Any]] = stored.astype(kind) * kind(slope) + kind(intercept)
+        return scaled
 
-    def _presented(self, values: NDArray[Any]) -> NDArray[Any]:
-        """A radiograph as its VOI LUT or first window shows it; unsigned integers."""
-        shown = apply_voi_lut(values, self.dataset)
+    def _span(self, slope: float, intercept: float) -> tuple[float, float]:
+        """The smallest and the largest value that the stored bits can stand for."""
+        bits, signed = int(self.dataset.BitsStored), int(self.dataset.PixelRepresentation)
+        first = -(1 << bits - 1) if signed else 0
+        ends = sorted((first * slope + intercept, (first + (1 << bits) - 1) * slope + intercept))
+        return ends[0], ends[1]
+
+    def _presented(self, values: NDArray[Any], whole: bool, span: tuple[float, float]) -> NDArray[Any]:
+        """A radiograph as its VOI LUT or first window shows it; unsigned integers.
+
+        Args:
+            values: (H, W), rescaled.
+            whole: Whether rescaling keeps whole numbers whole.
+            span: What `_span` gave.
+        """
+        depth = int(self.dataset.BitsStored)
+        table = self._table()
+        if table:
+            shown, depth = table.looked_up(values), depth if whole else max(depth, table.depth)
+        else:
+            shown = apply_windowing(values, self.dataset) if whole and self._window() else values
         if shown.min() < 0:
             shown = shown - shown.min()
-        bits = np.uint8 if shown.max() <= 255 and int(self.dataset.BitsStored) <= 8 else np.uint16
+        if not whole or shown.max() > np.iinfo(np.uint16).max:
+            # Rounded or cut off as they are, values between 0 and 1 would be black and white.
+            shares = shown / ((1 << table.depth) - 1) if table else self._shares(values, span)
+            shown = shares * ((1 << depth) - 1)
+        bits = np.uint8 if shown.max() <= 255 and depth <= 8 else np.uint16
         levels: NDArray[Any] = np.clip(np.rint(shown), 0, np.iinfo(bits).max).astype(bits)
         return levels
+
+    def _shares(self, values: NDArray[Any], span: tuple[float, float]) -> NDArray[np.float64]:
+        """(H, W): a radiograph as its first window shows it, in shares of the window; without one, of the span.
+
+        A linear window is taken as LINEAR_EXACT (PS3.3 C.11.2.1.3.2). LINEAR is for whole numbers: it takes one off its
+        width, which is all there is of a window from 0 to 1.
+        """
+        low, high = span
+        window = self._window()
+        if window is None:
+            return (values - low) / (high - low)
+        center, width = window
+        if not width > 0:
+            raise DataError("has a broken DICOM header (a window without width). Export it again.")
+        if str(self.dataset.get("VOILUTFunction") or "LINEAR").upper() == "SIGMOID":
+            return 1 / (1 + np.exp(-4 * (values - center) / width))
+        return np.clip((values - center) / width + 0.5, 0, 1)
+
+    def _window(self) -> tuple[float, float] | None:
+        """Centre and width of the first window."""
+        centers, widths = self.dataset.get("WindowCenter"), self.dataset.get("WindowWidth")
+        if centers is None or widths is None:
+            return None
+        return float(np.atleast_1d(centers)[0]), float(np.atleast_1d(widths)[0])
+
+    def _table(self) -> _Table | None:
+        """The first VOI LUT."""
+        item = next(iter(self.dataset.get("VOILUTSequence") or ()), Dataset())
+        if item.get("LUTDescriptor") is None or item.get("LUTData") is None:
+            return None
+        count, first, depth = (int(number) for number in item.LUTDescriptor)
+        count, data = count or 1 << 16, item.LUTData  # 2**16 does not fit into 16 bits
+        if isinstance(data, bytes):
+            little = self.dataset.file_meta.TransferSyntaxUID.is_little_endian
+            wide = "<u2" if little else ">u2"
+            data = np.frombuffer(data, wide if len(data) >= 2 * count else np.uint8)  # some pack entries of 8 bits
+        entries = np.asarray(data).astype(np.int64)[:count]
+        if len(entries) < count:
+            raise DataError("has a broken DICOM header (a VOI LUT that is too short). Export it again.")
+        return _Table(first, entries, depth)
 
     def _inverted(self, values: NDArray[Any]) -> NDArray[Any]:
         """Turned over inside the range that the bits of a pixel span."""
