@@ -14,8 +14,11 @@ from pydicom.sequence import Sequence
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 from scipy.spatial.transform import Rotation
 
+from medtpp.config import Window
 from medtpp.data.case import Case, Structure
 from medtpp.data.geometry import plain_geometry, same_grid
+from medtpp.data.restore import Restore
+from medtpp.data.volume_preprocess import VolumePreprocessing
 from medtpp.data.volumes import read_mask, read_volume
 from medtpp.errors import DataError, OutputError
 from medtpp.inference.write import (
@@ -97,6 +100,52 @@ def test_images_and_scans_of_unknown_place(tmp_path, suffix):
     assert np.array_equal(back.array[0], volume)
     if ".nii" in suffix:
         assert back.geometry == plain_geometry(volume.shape)
+
+
+@pytest.mark.parametrize("code", ["scanner", "aligned"])
+@pytest.mark.parametrize("unit", ["mm", "micron"])
+@pytest.mark.parametrize("shape", [(7, 5), (7, 5, 1)])
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
+def test_masks_of_images_in_nifti_lie_where_their_image_lies(tmp_path, suffix, shape, unit, code):
+    """A plane anywhere in the patient, whose third axis says where the next slice would be."""
+    affine = np.eye(4)
+    affine[:3, :3] = Rotation.random(random_state=3).as_matrix() * (0.4, -0.5, 3.0)
+    affine[:3, 3] = (-90, 126, -72)
+    scan = nibabel.Nifti1Image(np.arange(35, dtype=np.int16).reshape(shape), affine)
+    scan.set_qform(affine, code)
+    scan.set_sform(affine, code)
+    scan.header.set_xyzt_units(unit)
+    nibabel.save(scan, tmp_path / f"scan{suffix}")
+    volume = read_volume(case(tmp_path / f"scan{suffix}"))
+    preprocessing = VolumePreprocessing(
+        patch=(4,) * volume.geometry.dims, windows=(Window(kind="fixed", low=0, high=35),)
+    )
+    restore = Restore.model_validate_json(preprocessing.apply(volume)[1].model_dump_json())
+    labels = (volume.array[0] % 3).astype(np.uint8)
+    for path, write in ((tmp_path / f"mask{suffix}", write_mask), (tmp_path / f"map{suffix}", write_probability)):
+        write(path, labels, restore.geometry)
+        written = nibabel.load(path)
+        in_mm = np.diag([*[1 if unit == "mm" else 0.001] * 3, 1]) @ affine
+        np.testing.assert_allclose(written.affine, in_mm, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(written.header.get_qform(), in_mm, rtol=1e-5, atol=1e-4)
+        assert written.shape == shape
+        assert (int(written.header["qform_code"]), int(written.header["sform_code"])) == (1, 1)
+        steps = np.linalg.norm(in_mm[:3, :3], axis=0)
+        np.testing.assert_allclose(written.header.get_zooms(), steps[: len(shape)], rtol=1e-5)
+        assert same_grid(read_volume(case(path)).geometry, volume.geometry)
+    assert np.array_equal(read_mask(tmp_path / f"mask{suffix}", volume.geometry), labels)
+
+
+def test_an_image_in_nifti_without_a_third_direction_is_read(tmp_path):
+    affine = np.diag([0.5, 0.4, 0.0, 1.0])
+    scan = nibabel.Nifti1Image(np.zeros((7, 5), np.uint8), None)
+    scan.header.set_zooms((0.5, 0.4))
+    scan.header.set_sform(affine, 1)
+    nibabel.save(scan, tmp_path / "scan.nii")
+    geometry = read_volume(case(tmp_path / "scan.nii")).geometry
+    np.testing.assert_allclose(geometry.spacing, (0.4, 0.5))
+    write_mask(tmp_path / "mask.nii", np.ones((5, 7), np.uint8), geometry)
+    assert read_mask(tmp_path / "mask.nii", geometry).all()
 
 
 def test_files_are_compressed_whole_and_the_same_every_time(tmp_path):

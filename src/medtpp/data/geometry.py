@@ -23,6 +23,8 @@ class Geometry:
         origin: Coordinates of the first element.
         directions: For each axis of the array a unit vector of coordinates.
         known: Whether the file told spacing and position. PNG and JPEG do not.
+        affine: Of an image of two dimensions whose NIfTI file places it in the patient, which two coordinates cannot
+            hold: (4, 4), from NIfTI's indices to NIfTI's coordinates in mm. What is written on its grid gets it.
     """
 
     shape: tuple[int, ...]
@@ -30,6 +32,7 @@ class Geometry:
     origin: tuple[float, ...]
     directions: tuple[tuple[float, ...], ...]
     known: bool = True
+    affine: tuple[tuple[float, ...], ...] | None = None
 
     @property
     def dims(self) -> int:

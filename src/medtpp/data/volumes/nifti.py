@@ -8,6 +8,7 @@ from __future__ import annotations
 import gzip
 import math
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +118,11 @@ def _geometry(header: Any, shape: tuple[int, ...]) -> Geometry:
     affine = _affine(header)
     if affine is None or len(shape) < 3:
         plain = plain_geometry(shape)
-        return make_geometry(shape, spacing, plain.origin, plain.directions, known=affine is not None)
+        geometry = make_geometry(shape, spacing, plain.origin, plain.directions, known=affine is not None)
+        if affine is None or not _regular(affine):
+            return geometry
+        millimetres = np.diag([unit, unit, unit, 1.0]) @ affine
+        return replace(geometry, affine=tuple(map(tuple, millimetres.tolist())))
     # NIfTI's x runs to the right and y to the front; ours, as DICOM's, to the left and the back.
     affine = np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
     steps = affine[:3, :3].T[::-1]  # one row per axis of the array

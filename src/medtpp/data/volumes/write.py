@@ -73,6 +73,8 @@ def write_png(path: Path, values: NDArray[np.uint8]) -> None:
 
 def _affine(geometry: Geometry) -> NDArray[np.float64]:
     """From NIfTI's indices (the reverse of ours) to its coordinates, x to the right and y to the front."""
+    if geometry.affine is not None:
+        return np.array(geometry.affine)
     dims = geometry.dims
     affine = np.eye(4)
     steps = np.array(geometry.directions) * np.array(geometry.spacing)[:, None]
