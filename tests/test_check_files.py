@@ -135,6 +135,60 @@ def test_files_that_cannot_be_used(tmp_path, make, words):
     assert str(tmp_path / "data" / "masks") not in said  # files are named as they lie in the data set
 
 
+def turn(path, orientation, suffix=".png"):
+    """The same stored pixels with an EXIF orientation."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image = Image.open(path)
+    image.load()
+    path.unlink()
+    image.save(path.with_suffix(suffix), exif=exif)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".tif"])
+@pytest.mark.parametrize("orientation", [2, 3, 4, 6, 8])
+def test_images_turned_by_exif_whose_masks_are_not(tmp_path, suffix, orientation):
+    """Orientations that keep the size: image and mask could disagree without a word."""
+    pictures(tmp_path, 6, size=(16, 16) if orientation > 4 else (24, 16))
+    turn(tmp_path / "images" / "1.png", orientation, suffix)
+    turn(tmp_path / "images" / "2.png", orientation)
+    turn(tmp_path / "masks" / "2.png", orientation)
+    turn(tmp_path / "images" / "3.png", 1, suffix)
+    turn(tmp_path / "masks" / "4.png", orientation)
+    text = done("check", tmp_path).text
+    assert f"warning: 2 images with another EXIF orientation than the mask: images/1{suffix}, images/4.png." in text
+    assert "save images and masks upright" in text
+    assert f"""--set 'data.exclude=["images/1{suffix}", "images/4.png"]'""" in text
+    assert text.endswith("0 errors, 1 warning.")
+    assert "EXIF" in done("check", tmp_path).text  # what reading told is kept
+    turn(tmp_path / "images" / f"1{suffix}", 1, suffix)
+    turn(tmp_path / "masks" / "4.png", 1)
+    assert "EXIF" not in done("check", tmp_path).text
+
+
+def test_a_size_tells_on_which_view_a_mask_was_drawn(tmp_path):
+    """The image is oblong, and the mask has the size of the upright view."""
+    pictures(tmp_path)
+    turn(tmp_path / "images" / "1.png", 6)
+    mask = tmp_path / "masks" / "1.png"
+    Image.open(mask).transpose(Image.Transpose.ROTATE_270).save(mask)
+    assert done("check", tmp_path).text.endswith("No problems found.")
+
+
+def test_orientations_mean_nothing_where_images_are_classified(tmp_path):
+    for number in range(24):
+        for part in ("images", "masks"):
+            (tmp_path / part).mkdir(exist_ok=True)
+        values = np.random.default_rng(number).integers(0, 256, (9, 9), dtype=np.uint8)
+        Image.fromarray(values).save(tmp_path / "images" / f"{number}.png")
+        Image.fromarray(values // 128).save(tmp_path / "masks" / f"{number}.png")
+        turn(tmp_path / "images" / f"{number}.png", 3)
+    lines = [f"images/{n}.png,masks/{n}.png,{'ab'[n % 2]}" for n in range(24)]
+    (tmp_path / "manifest.csv").write_text("\n".join(["image,mask,label", *lines]))
+    assert "EXIF" not in done("check", tmp_path, "--set", "task=classification").text
+    assert "24 images with another EXIF orientation" in done("check", tmp_path, "--set", "task=segmentation").text
+
+
 def test_all_that_is_wrong_is_told_together(tmp_path):
     another_shape(tmp_path)
     nifti(tmp_path / "images" / "2.nii.gz", np.full(SHAPE, np.nan, np.float32))

@@ -98,6 +98,7 @@ def volume_problems(dataset: Dataset, records: Mapping[str, Record]) -> list[Pro
         *_unusable(dataset, records),
         *_together(scans),
         *_masks(dataset, scans),
+        *_turned(scans),
         *_spacings({case: scan for case, scan in scans.items() if len(scan.shape) == dims}),
     ]
 
@@ -206,6 +207,20 @@ def _masks(dataset: Dataset, scans: Mapping[Case, VolumeScan]) -> list[Problem]:
         )
         problems.append(warning("empty-mask", text, empty))
     return problems
+
+
+def _turned(scans: Mapping[Case, VolumeScan]) -> list[Problem]:
+    """Masks of which nobody can say on which view of their image they were drawn."""
+    turned = [case.id for case, scan in scans.items() if scan.turned]
+    if not turned:
+        return []
+    text = (
+        f"{count(turned, 'image')} with another EXIF orientation than the mask: {first_few(turned)}. Images are turned "
+        "upright as their EXIF says; whether a mask was drawn on that view or on the pixels as they are stored cannot "
+        f"be seen, since both have one size. Lay the masks over the images; save images and masks upright, without "
+        f"an orientation, or leave them out: {exclude_option(turned)}."
+    )
+    return [warning("turned-image", text, turned)]
 
 
 def _spacings(scans: Mapping[Case, VolumeScan]) -> list[Problem]:

@@ -12,8 +12,9 @@ from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 
+from medtpp.data.listing import PLANE_SUFFIXES, split_suffix
 from medtpp.errors import DataError
 from medtpp.files import digest
 
@@ -37,6 +38,8 @@ _OTHER_ORDER = {
     "RGBX;16L": "RGBX;16B",
 }
 
+_TURNED_PNG = (b"eXIf", b"Raw profile type", b"XML:com.adobe.xmp")  # where an orientation may stand
+
 
 def read_image(path: Path) -> Pixels:
     """Read one image file.
@@ -56,6 +59,23 @@ def read_image(path: Path) -> Pixels:
         return decode(read_bytes(path))
     except DataError as error:
         raise DataError(f"{path}: {error.message}") from error
+
+
+def orientation(path: Path) -> int:
+    """The EXIF orientation of an image file, which reading undoes: 2 to 8, or 1 of upright images and other files.
+
+    Raises:
+        DataError: The file cannot be opened. The reason without the path.
+    """
+    if split_suffix(path.name)[1] not in PLANE_SUFFIXES:
+        return 1
+    data = read_bytes(path)
+    if data.startswith(b"\x89PNG") and not any(mark in data for mark in _TURNED_PNG):
+        return 1  # Pillow would decode all of it to look behind the pixels
+    try:
+        return int(Image.open(io.BytesIO(data), formats=FORMATS).getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # noqa: BLE001 - whatever is broken is told by whoever reads the pixels
+        return 1
 
 
 def read_bytes(path: Path) -> bytes:

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from medtpp.config import Modality
 from medtpp.data.cache import Progress, cache_root, parallel
 from medtpp.data.case import Case, Structure
+from medtpp.data.decode import orientation
 from medtpp.data.digests import file_digests
 from medtpp.data.geometry import Geometry, Volume
 from medtpp.data.restore import axes_to_ras
@@ -35,7 +36,8 @@ AIR = -500.0  # HU: halfway between air and water, as usual for the outline of t
 SAMPLES = 10_000  # voxels per case that percentiles over the data set are made of; nnU-Net's
 WORKERS = 4  # volumes in memory at a time; SimpleITK itself uses all cores
 MOST_VALUES = 64  # in a mask; more are grey levels
-VERSION = 1  # of what is kept; changes with the arithmetic
+FIRST_QUARTER_TURN = 5  # of EXIF's orientations: from here on rows and columns are swapped
+VERSION = 2  # of what is kept; changes with the arithmetic
 
 Units = Literal["HU", "levels", "none"]
 
@@ -72,6 +74,8 @@ class VolumeScan:
         mask_fingerprint: Of the mask as it was read, 32 hexadecimal digits; empty without one.
         labelled: Whether the mask shows any structure.
         outside: Whether structures lie outside that box.
+        turned: Whether image and mask differ in their EXIF orientations, and their size does not tell on which view the
+            mask was drawn.
         samples: (C, n) voxels drawn at random, of the structures where there are any.
         error: Why the case cannot be used, or None.
     """
@@ -88,6 +92,7 @@ class VolumeScan:
     mask_fingerprint: str = ""
     labelled: bool = False
     outside: bool = False
+    turned: bool = False
     samples: NDArray[np.float32] = field(default_factory=lambda: np.empty((0, 0), np.float32), repr=False)
     error: str | None = None
 
@@ -190,6 +195,16 @@ def _labels(path: Path, mask: NDArray[Any], structures: Sequence[Structure]) -> 
         raise DataError(f"{path}: {error.message}") from error
 
 
+def _turned(image: Path, mask: Path, geometry: Geometry) -> bool:
+    """See `VolumeScan.turned`; image and mask are known to have one size when both are upright."""
+    own, other = orientation(image), orientation(mask)
+    if own == other:
+        return False
+    # The mask fits the upright view. Of an oblong image that is turned by a quarter it would not fit the stored one.
+    quarter = (own >= FIRST_QUARTER_TURN) != (other >= FIRST_QUARTER_TURN)
+    return not quarter or geometry.shape[0] == geometry.shape[1]
+
+
 def _examine(case: Case, structures: Sequence[Structure] | None, modality: Modality, reader: Reader) -> VolumeScan:
     volume = reader.volume(case)
     geometry = volume.geometry
@@ -200,7 +215,7 @@ def _examine(case: Case, structures: Sequence[Structure] | None, modality: Modal
         units = "HU"
     order, _ = axes_to_ras(geometry)
     box = content_box(volume.array, AIR if units == "HU" else None, (0.0,) * geometry.dims)
-    values, foreground, outside, mask_fingerprint = None, np.arange(0), False, ""
+    values, foreground, outside, mask_fingerprint, turned = None, np.arange(0), False, "", False
     if case.mask is not None and structures is not None:
         mask = reader.mask(case.mask, geometry)
         labels = _labels(case.mask, mask, structures)
@@ -208,6 +223,7 @@ def _examine(case: Case, structures: Sequence[Structure] | None, modality: Modal
         values = tuple(np.unique(mask).tolist())
         mask_fingerprint = digest(str(mask.shape), hashlib.sha256(np.ascontiguousarray(mask).data).hexdigest())[:32]
         outside = int(np.count_nonzero(labels[tuple(slice(*ends) for ends in box)])) < len(foreground)
+        turned = _turned(case.image, case.mask, geometry)
     rng = Seeds(0).numpy("fingerprint", case.id)
     if len(foreground):
         chosen = rng.choice(foreground, min(SAMPLES, len(foreground)), replace=False)
@@ -226,5 +242,6 @@ def _examine(case: Case, structures: Sequence[Structure] | None, modality: Modal
         mask_fingerprint=mask_fingerprint,
         labelled=bool(len(foreground)),
         outside=outside,
+        turned=turned,
         samples=np.stack([channel.reshape(-1)[chosen] for channel in volume.array]).astype(np.float32),
     )
