@@ -8,14 +8,15 @@ import torch
 from PIL import Image
 
 import dicoms as dicom
-from medtpp.adapter import load_adapter
+from medtpp.adapter import TaskCard, load_adapter
 from medtpp.config import Window
 from medtpp.data.case import Case
 from medtpp.data.geometry import plain_geometry, same_grid
 from medtpp.data.preprocess import Preprocessing
 from medtpp.data.volumes import read_mask, read_volume
 from medtpp.errors import DataError
-from medtpp.inference.cases import image_cases, relative_cases, stem_of
+from medtpp.inference.cases import image_cases, relative_cases
+from medtpp.inference.masks import plan_targets
 from medtpp.inference.sliding import SlidingWindow, as_member
 from medtpp.inference.write import write_mask
 from medtpp.tasks.segmentation import Segmentation
@@ -172,14 +173,7 @@ def test_channels_in_files_of_their_own_are_joined(tmp_path, identity):
     assert not torch.equal(identity[0][:, 0], identity[0][:, 1])
 
 
-def test_names_keep_dots_of_uids_and_folders_apart(tmp_path):
-    def stem(name, **fields):
-        return stem_of(Case(name, tmp_path / name, **fields))
-
-    assert stem("a/b.c.nii.gz") == "a/b.c"
-    assert stem("1.2.840.113", files=(tmp_path / "x",)) == "1.2.840.113"
-    assert stem("1.2.840.113") == "1.2.840.113"
-    assert stem("x.DCM") == "x"
+def test_names_keep_folders_apart(tmp_path):
     for name in ("one/a.png", "two/a.png", "out/a.png"):
         (tmp_path / name).parent.mkdir()
         Image.new("L", (4, 4)).save(tmp_path / name)
@@ -193,6 +187,19 @@ def test_names_keep_dots_of_uids_and_folders_apart(tmp_path):
     assert names(tmp_path / "one", tmp_path / "two" / "a.png") == ["one/a.png", "two/a.png"]
     with pytest.raises(DataError, match="lie in the output folder"):
         names(tmp_path / "out")
+
+
+def test_names_keep_the_dots_of_uids(tmp_path):
+    cases = [
+        Case("1.2.840.113", tmp_path, files=(tmp_path / "a", tmp_path / "b")),
+        Case("1.2.840.114", tmp_path / "1.2.840.114"),
+        Case("1.2.840.115", tmp_path / "one slice", files=(tmp_path / "a",)),
+        Case("x/IM1.dcm", tmp_path / "IM1.dcm", files=(tmp_path / "IM1.dcm",)),
+    ]
+    task = TaskCard(options={}, classes=("organ",), multilabel=False, mask_values=((1,),))
+    targets = plan_targets(cases, tmp_path, task, 3, "auto", probabilities=False)
+    names = [target.place.relative_to(tmp_path).as_posix() for target in targets.values()]
+    assert names == ["1.2.840.113.dcm", "1.2.840.114.dcm", "1.2.840.115.dcm", "x/IM1.dcm"]
 
 
 def test_wishes_that_do_not_fit_are_refused(tmp_path):

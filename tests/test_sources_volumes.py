@@ -5,15 +5,20 @@ import os
 import numpy as np
 import pydicom
 import pytest
+import SimpleITK
 from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.fileset import FileSet
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
+from dicoms import VALUES, save, slices
 from medtpp.config import DataOptions
-from medtpp.data.listing import list_images, split_suffix
+from medtpp.data.case import Structure
+from medtpp.data.listing import list_images, split_suffix, stem_of
 from medtpp.data.read import read_dataset
 from medtpp.data.sources import find_images
+from medtpp.data.volumes import read_mask, read_volume
 from medtpp.errors import DataError
+from medtpp.inference.write import write_dicom_seg
 
 SECRET = "Mustermann"
 
@@ -85,6 +90,28 @@ def test_class_folders_of_volumes(tmp_path):
     }
     assert "1 file is not images, for example test/b/x.raw" in problems(dataset)["not-an-image"].message
     assert list_images(tmp_path)[0] == sorted(case.id for case in dataset.cases)
+
+
+def test_detached_headers_and_their_voxels(tmp_path):
+    """NRRD with the voxels in a file beside it, plain and compressed."""
+    values = np.arange(60, dtype=np.int16).reshape(3, 4, 5)
+    for name, packed in (("images/a.nhdr", False), ("images/b.nhdr", True), ("masks/a.nhdr", True)):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        SimpleITK.WriteImage(SimpleITK.GetImageFromArray(values), str(tmp_path / name), useCompression=packed)
+    assert (tmp_path / "images" / "b.raw.gz").is_file()
+    touch(tmp_path, "images/c.raw", "masks/b.mha")
+    dataset = read(tmp_path)
+    assert {case.id: case.mask.name for case in dataset.cases} == {"images/a.nhdr": "a.nhdr", "images/b.nhdr": "b.mha"}
+    assert "1 file is not images, for example images/c.raw" in problems(dataset)["not-an-image"].message
+    for case in dataset.cases:
+        assert np.array_equal(read_volume(case).array[0], values)
+    geometry = read_volume(dataset.cases[0]).geometry
+    assert np.array_equal(read_mask(dataset.cases[0].mask, geometry), values)
+
+
+def test_stems():
+    names = ("a/b.c.nii.gz", "a/x.DCM", "1.2.840.5", "a/1.2.840.113.nii.gz", "a.nhdr", "p1.2")
+    assert [stem_of(name) for name in names] == ["a/b.c", "a/x", "1.2.840.5", "a/1.2.840.113", "a", "p1.2"]
 
 
 # DICOM
@@ -160,6 +187,48 @@ def test_scans_and_their_masks(tmp_path):
     assert all(case.patient and len(case.files) == 3 for case in dataset.cases)
     assert [problem.cases for problem in dataset.problems] == [("images/p3/ct",)]
     assert read(tmp_path, exclude=["images/p3/ct"]).problems == ()
+
+
+def test_files_that_are_called_by_uids(tmp_path):
+    """What follows the last dot is no suffix: such names neither collide nor lose their masks."""
+    for number in (5, 6):
+        write_slice(tmp_path / "images" / f"1.2.840.{number}", generate_uid(), 0, modality="CR")
+        touch(tmp_path, f"masks/1.2.840.{number}{'.png' if number == 5 else '_mask.nii.gz'}")
+    dataset = read(tmp_path)
+    assert {case.id: case.mask.name for case in dataset.cases} == {
+        "images/1.2.840.5": "1.2.840.5.png",
+        "images/1.2.840.6": "1.2.840.6_mask.nii.gz",
+    }
+    assert dataset.problems == ()
+
+
+def test_masks_that_are_dicom_segmentations(tmp_path):
+    """By the name of the series' folder or of the file, whatever the suffix, and not files of other kinds."""
+    structures = (Structure("organ", (1,)), Structure("lesion", (2,)))
+    labels = np.zeros((3, 6, 8), np.uint8)
+    labels[1, 2:4, 3:6], labels[2, 0, 0] = 1, 2
+    masks = {}
+    for number, (name, mask) in enumerate({"p1": "p1.dcm", "p2/ct": "p2/ct_seg", "1.2.840.5": "1.2.840.5"}.items()):
+        elements = {"FrameOfReferenceUID": f"1.2.{number}", "SeriesInstanceUID": f"1.3.{number}"}
+        files = save(tmp_path / "images" / name, slices(VALUES[:3], PatientID=name, **elements))
+        masks[f"images/{name}"] = mask
+        write_dicom_seg(tmp_path / "masks" / mask, labels, structures, files)
+    save(tmp_path / "images" / "p3", slices(VALUES[:2], SeriesInstanceUID="1.3.9", PatientID="p3"))
+    save(tmp_path / "masks", slices(VALUES[:1]), ["p3.dcm"])  # a slice of a scan
+    dataset = read(tmp_path)
+    found = {case.id: case.mask for case in dataset.cases if case.mask}
+    assert {name: path.relative_to(tmp_path / "masks").as_posix() for name, path in found.items()} == masks
+    assert [case.id for case in dataset.cases if not case.mask] == ["images/p3"]
+    assert "1 file is not images, for example masks/p3.dcm" in problems(dataset)["not-an-image"].message
+    assert set(problems(dataset)) == {"not-an-image", "image-without-mask"}
+    for case in dataset.cases:
+        if case.mask:
+            assert np.array_equal(read_mask(case.mask, read_volume(case).geometry), labels)
+    path = found["images/p1"]
+    path.write_bytes(path.read_bytes()[:90])
+    assert path in [case.mask for case in read(tmp_path).cases]  # and reading it says that it is broken
+    with pytest.raises(DataError, match="masks/p1"):
+        read_mask(path, read_volume(dataset.cases[1]).geometry)
 
 
 def test_scans_in_a_manifest(tmp_path):

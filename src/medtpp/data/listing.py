@@ -10,8 +10,10 @@ from medtpp.data.problems import first_few
 from medtpp.errors import DataError
 
 PLANE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp"})
-VOLUME_SUFFIXES = frozenset({".nii", ".nii.gz", ".nrrd", ".mha", ".mhd"})
+VOLUME_SUFFIXES = frozenset({".nii", ".nii.gz", ".nrrd", ".nhdr", ".mha", ".mhd"})
+DICOM_SUFFIXES = frozenset({".dcm", ".dicom", ".ima"})
 IMAGE_SUFFIXES = PLANE_SUFFIXES | VOLUME_SUFFIXES  # DICOM is told by content: see `find_images`
+_DETACHED = (".raw", ".zraw", ".raw.gz")  # voxels of the header (.mhd, .nhdr) beside them
 _IGNORED = frozenset({"thumbs.db", "desktop.ini", "__macosx"})
 
 
@@ -23,12 +25,21 @@ def split_suffix(name: str) -> tuple[str, str]:
     return stem, suffix.lower()
 
 
+def stem_of(name: str) -> str:
+    """A name or path without the suffix of an image's format.
+
+    DICOM files are often named by a UID without any suffix, such as 1.2.840.5: what follows its last dot stays.
+    """
+    stem, suffix = split_suffix(name)
+    return stem if suffix in IMAGE_SUFFIXES | DICOM_SUFFIXES else name
+
+
 def list_images(folder: Path) -> tuple[list[str], list[str]]:
     """All files under a folder, links followed, hidden ones and droppings of operating systems left out.
 
     Returns:
         Paths relative to the folder with forward slashes, each list sorted: images by suffix, and other files. DICOM
-        files are among the others, data files that belong to a .mhd header in neither.
+        files are among the others, data files that belong to a .mhd or .nhdr header in neither.
 
     Raises:
         DataError: A folder cannot be opened, or a name is not UTF-8 and so cannot be written to any table.
@@ -39,12 +50,11 @@ def list_images(folder: Path) -> tuple[list[str], list[str]]:
         raise DataError(f"{folder}: {len(broken)} file names are not UTF-8: {first_few(broken)}. Rename them.")
     parts = {name: split_suffix(name) for name in sorted(files)}
     images = [name for name, (_, suffix) in parts.items() if suffix in IMAGE_SUFFIXES]
-    headers = {stem for stem, suffix in parts.values() if suffix == ".mhd"}
-    others = [
-        name
-        for name, (stem, suffix) in parts.items()
-        if suffix not in IMAGE_SUFFIXES and not (suffix in (".raw", ".zraw") and stem in headers)
-    ]
+    headers = {stem for stem, suffix in parts.values() if suffix in (".mhd", ".nhdr")}
+    voxels = {
+        name for name in parts for end in _DETACHED if name.lower().endswith(end) and name[: -len(end)] in headers
+    }
+    others = [name for name, (_, suffix) in parts.items() if suffix not in IMAGE_SUFFIXES and name not in voxels]
     return images, others
 
 

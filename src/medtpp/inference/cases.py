@@ -78,13 +78,6 @@ def is_dicom_case(case: Case) -> bool:
     return bool(case.files) or split_suffix(case.image.name)[1] not in {*PLANE_SUFFIXES, *VOLUMES}
 
 
-def stem_of(case: Case) -> str:
-    """The id without the suffix of a format. Names of DICOM files and folders may be UIDs, whose dots stay."""
-    stem, suffix = split_suffix(case.id)
-    known = suffix in {*PLANE_SUFFIXES, *VOLUMES, ".dcm", ".dicom", ".ima"}
-    return stem if known and not case.files else case.id
-
-
 def _joined(cases: Sequence[Case], channels: int) -> list[Case]:
     """Files that hold one channel each, joined where there are as many as wanted."""
     groups: dict[str, list[Case]] = defaultdict(list)

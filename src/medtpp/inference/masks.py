@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from medtpp.adapter import TaskCard
 from medtpp.data.case import Case, Structure
 from medtpp.data.geometry import Geometry
-from medtpp.data.listing import split_suffix
+from medtpp.data.listing import split_suffix, stem_of
 from medtpp.data.problems import first_few
 from medtpp.errors import ConfigError
-from medtpp.inference.cases import VOLUMES, is_dicom_case, stem_of
+from medtpp.inference.cases import VOLUMES, is_dicom_case
 from medtpp.inference.write import structure_path, write_dicom_seg, write_mask, write_overlapping
 
 Format = Literal["auto", "nii.gz", "nii", "nrrd", "mha", "png", "dicom-seg"]
@@ -78,7 +78,8 @@ def plan_targets(
     structures, targets = card.structures, {}
     taken: dict[str, list[str]] = defaultdict(list)
     for case in cases:
-        suffix, stem = _suffix(case, dims, kind), stem_of(case)
+        suffix = _suffix(case, dims, kind)
+        stem = case.id if len(case.files) > 1 else stem_of(case.id)  # a series is called by its folder
         folder = card.multilabel and suffix != ".dcm"
         place = output / stem if folder else output / f"{stem}{suffix}"
         numbered = list(enumerate(structures, start=1))

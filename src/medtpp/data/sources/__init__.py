@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from medtpp.config import DataOptions
 from medtpp.data.case import Case, Dataset, Problem
-from medtpp.data.listing import list_images, split_suffix
+from medtpp.data.listing import DICOM_SUFFIXES, list_images, stem_of
 from medtpp.data.problems import first_few
+from medtpp.errors import DataError
 
 if TYPE_CHECKING:
     from medtpp.data.volumes.series import Series
@@ -79,7 +80,7 @@ class ImageFile:
     @property
     def stem(self) -> str:
         """The name without its suffix, to pair it with a mask."""
-        return self.name if len(self.files) > 1 else split_suffix(self.name)[0]
+        return self.name if len(self.files) > 1 else stem_of(self.name)
 
     @property
     def patient(self) -> str | None:
@@ -106,6 +107,21 @@ def find_images(folder: Path) -> tuple[list[ImageFile], list[str]]:
         slices = {file.relative_to(folder).as_posix() for scan in scans for file in scan.files}
         others = [name for name in others if name not in slices and posixpath.basename(name).upper() != "DICOMDIR"]
     return sorted(images, key=lambda image: image.name), others
+
+
+def find_masks(folder: Path) -> tuple[list[str], list[str]]:
+    """All masks under a folder: images by suffix as `list_images` does, and DICOM segmentations by their content.
+
+    Returns:
+        Paths relative to the folder, each list sorted: masks, and other files. A DICOM file that cannot be read is a
+        mask, so that reading it says what is wrong.
+
+    Raises:
+        DataError: See `list_images`.
+    """
+    images, others = list_images(folder)
+    masks = [name for name in others if _may_be_dicom(folder / name) and _may_be_segmentation(folder / name)]
+    return sorted([*images, *masks]), [name for name in others if name not in masks]
 
 
 def scan_problems(images: Iterable[ImageFile], exclude: Sequence[str]) -> list[Problem]:
@@ -135,7 +151,7 @@ def scan_problems(images: Iterable[ImageFile], exclude: Sequence[str]) -> list[P
 
 def _may_be_dicom(path: Path) -> bool:
     """Whether it is worth to look for scans, which takes long."""
-    if path.suffix.lower() in {".dcm", ".dicom", ".ima"}:
+    if path.suffix.lower() in DICOM_SUFFIXES:
         return True
     try:
         with path.open("rb") as stream:
@@ -143,6 +159,15 @@ def _may_be_dicom(path: Path) -> bool:
     except OSError:
         return False
     return start[128:] == b"DICM" or (not path.suffix and start[:2] in (b"\x08\x00", b"\x02\x00"))  # no preamble
+
+
+def _may_be_segmentation(path: Path) -> bool:
+    from medtpp.data.volumes.segmentation import is_segmentation  # brings pydicom
+
+    try:
+        return is_segmentation(path)
+    except DataError:
+        return True
 
 
 def _named(folder: Path, scans: Sequence[Series]) -> list[ImageFile]:

@@ -11,9 +11,9 @@ from typing import ClassVar
 
 from medtpp.config import SOURCES, DataOptions
 from medtpp.data.case import Case, Dataset, Problem
-from medtpp.data.listing import list_images, split_suffix
+from medtpp.data.listing import stem_of
 from medtpp.data.problems import first_few
-from medtpp.data.sources import ImageFile, find_images, scan_problems, split_of
+from medtpp.data.sources import ImageFile, find_images, find_masks, scan_problems, split_of
 from medtpp.data.sources._structures import named_structures
 from medtpp.errors import DataError
 
@@ -32,7 +32,8 @@ class SegmentationFolders:
     """Two folders, one of images and one of masks, at the top or in each split folder.
 
     A mask has the name of its image, whatever the suffixes (`a.jpg`, `a.png`), or that name and an ending such as
-    `_mask`, `_seg` or `_gt`. Folders inside are part of the name. Images without a mask are unlabelled cases.
+    `_mask`, `_seg` or `_gt`. Folders inside are part of the name. The mask of a DICOM series has the name of its
+    folder, and may be a DICOM segmentation. Images without a mask are unlabelled cases.
     """
 
     summary: ClassVar[str] = "images/ and masks/ with the same names in both, optionally inside train, val and test"
@@ -117,7 +118,7 @@ def pair(images: Iterable[tuple[str, str]], masks: Iterable[str]) -> Pairing:
     for stem, name in images:
         images_of[stem].append(name)
     for mask in masks:
-        stem = split_suffix(mask)[0]
+        stem = stem_of(mask)
         stem = stem if stem in images_of else _MASK_ENDING.sub("", stem)
         if stem in images_of:
             masks_of[stem].append(mask)
@@ -178,7 +179,7 @@ def _read_part(root: Path, part: _Part, exclude: Sequence[str], found: _Found) -
     folder = part.images[0]
     before = folder.relative_to(root).as_posix()
     images, others = find_images(folder)
-    masks, other_masks = list_images(part.masks[0]) if part.masks else ([], [])
+    masks, other_masks = find_masks(part.masks[0]) if part.masks else ([], [])
     pairing = pair(((image.stem, image.name) for image in images), masks)
     splits = {} if part.split else _inner_splits(images)
 

@@ -25,11 +25,10 @@ from pydicom.uid import (
     MediaStorageDirectoryStorage,
 )
 
+from medtpp.data.listing import DICOM_SUFFIXES
 from medtpp.data.volumes.grid import ORTHONORMAL
 from medtpp.data.volumes.stack import Plane
 from medtpp.errors import DataError
-
-DICOM_SUFFIXES = frozenset({".dcm", ".dicom", ".ima"})
 
 # One image per file, taken by projection; every other modality is made of slices where its files tell positions.
 PROJECTIONS = frozenset({"CR", "DX", "MG", "IO", "PX", "RF", "XA", "RG", "DXA", "BMD"})

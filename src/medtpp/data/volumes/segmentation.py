@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydicom.dataset import Dataset
 from pydicom.pixels.utils import pixel_array
+from pydicom.uid import MediaStorageDirectoryStorage
 
 from medtpp.data.geometry import Geometry
 from medtpp.data.volumes.grid import aligned, describe
@@ -17,6 +18,18 @@ from medtpp.data.volumes.stack import Plane, stack_geometry
 from medtpp.errors import DataError
 
 _OFF_GRID = 0.05  # voxels by which a frame may be off
+
+
+def is_segmentation(path: Path) -> bool:
+    """Whether a DICOM file is a segmentation (SEG), or breaks off before it says what it is.
+
+    Raises:
+        DataError: See `open_dataset`.
+    """
+    dataset = open_dataset(path, keywords=("Modality",))
+    if "Modality" in dataset:
+        return bool(dataset.Modality == "SEG")
+    return bool(dataset.file_meta.get("MediaStorageSOPClassUID") != MediaStorageDirectoryStorage)
 
 
 def read_segmentation(path: Path, geometry: Geometry) -> NDArray[np.integer[Any]]:
