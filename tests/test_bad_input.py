@@ -117,7 +117,7 @@ def several_mistakes(folder):
         (latin, ["is not UTF-8 (line 4)", "CSV UTF-8"]),
         (doubled_pixels, ["the same pixels under different labels", "lesion/3.png (lesion) = normal/3-again.png"]),
         (torn_patient, ["1 patient in two splits: p0", "images/2.png in test", "Move all images of a patient"]),
-        (several_mistakes, ["1 images do not exist", "gone.png", "unknown split", "line 5: 'validate'",
+        (several_mistakes, ["1 image does not exist", "gone.png", "unknown split", "line 5: 'validate'",
                             "patient in two splits: p4", "another number of cells", "line 9"]),
     ],
 )  # fmt: skip

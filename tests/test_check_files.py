@@ -334,8 +334,8 @@ def torn(folder):
     ("make", "words"),
     [
         (missing, ["About 2 slices are missing", "IM2.dcm at 4.00 mm and IM3.dcm at 10.00 mm"]),
-        (doubled, ["1 slices lie where another one lies", "IM2.dcm at 4.00 mm and IM3.dcm at 4.00 mm"]),
-        (tilted, ["1 of 5 slices are not parallel to the others: IM2.dcm"]),
+        (doubled, ["1 slice lies where another one lies", "IM2.dcm at 4.00 mm and IM3.dcm at 4.00 mm"]),
+        (tilted, ["1 of 5 slices is not parallel to the others: IM2.dcm at 4.00 mm. A volume"]),
         (torn, ["IM2.dcm"]),
     ],
 )
@@ -356,6 +356,6 @@ def test_several_series_in_a_folder(tmp_path):
     for file in (tmp_path / "a" / "scan0" / "more").iterdir():
         file.rename(tmp_path / "a" / "scan0" / f"second-{file.name}")
     result = cli("check", tmp_path)
-    assert "1 folders hold several DICOM series: a/scan0#1 (CT, 3 slices of 4 x 5) and a/scan0#2 (CT, 4" in result.text
+    assert "1 folder holds several DICOM series: a/scan0#1 (CT, 3 slices of 4 x 5) and a/scan0#2 (CT, 4" in result.text
     assert "values HU" in result.text
     assert not [secret for secret in SECRETS if secret in result.text]

@@ -84,7 +84,7 @@ def test_empty_masks():
     assert "2 of 6 masks are empty: m/e1, m/e2" in problem.message
     nothing = found({"a": scan("a", values=(0, 255), labelled=False)})
     assert list(nothing) == ["no-structures"]
-    assert "structures (organ 1); they hold 0, 255" in nothing["no-structures"].message
+    assert "The only mask shows none of the structures (organ 1); it holds 0, 255" in nothing["no-structures"].message
     assert found({"a": scan("a", values=(0,), labelled=False)}, ())["no-structures"].severity == "error"
 
 

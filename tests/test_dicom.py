@@ -64,6 +64,22 @@ def test_missing_slices_are_placed(tmp_path):
     assert "s4 at 42.50 mm and s5 at 50.00 mm" in found["slices-missing"]
 
 
+@pytest.mark.parametrize("first", [False, True])
+def test_slices_that_are_not_parallel_are_placed(tmp_path, first):
+    """Along the normal of the others, also where the odd slice is the first file."""
+    images = slices(np.tile(VALUES, (2, 1, 1)))
+    turned = Rotation.from_euler("x", 20, degrees=True).as_matrix().T
+    odd = (0, 6) if first else (3, 6)
+    for index in odd:
+        images[index].ImageOrientationPatient = [*map(float, turned[0]), *map(float, turned[1])]
+    save(tmp_path, images, [f"s{index}" for index in range(10)])
+    text = faults(tmp_path)["slices-not-parallel"]
+    places = {f"s{index} at {30 + 2.5 * index:.2f} mm" for index in odd}
+    assert text.startswith("2 of 10 slices are not parallel to the others: ")
+    assert set(text.split(": ")[1].split(". A volume")[0].split(", ")) == places
+    assert "take out the odd ones" in text
+
+
 def test_doubled_slices_are_named(tmp_path):
     images = slices()
     save(tmp_path, [*images, images[2]], ["a", "b", "c", "d", "e", "copy/c"])
@@ -113,7 +129,7 @@ def test_slices_that_differ(tmp_path):
         "4 of 6 x 8 (a, c, d, e); 1 of 4 x 4 (b)".replace(", e)", " and 1 more)") in found["slices-of-different-size"]
     )
     assert "1 of 0.8 x 0.7 mm (d)" in found["slices-of-different-spacing"]
-    assert "1 of 5 slices are not parallel to the others: e." in found["slices-not-parallel"]
+    assert "1 of 5 slices is not parallel to the others: e at 40.00 mm." in found["slices-not-parallel"]
 
 
 def test_stacks_of_one_series(tmp_path):

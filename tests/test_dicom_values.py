@@ -148,7 +148,7 @@ def test_multi_frame_scans(tmp_path):
     again = read_one(tmp_path / "enhanced.dcm", image)
     assert volume_fingerprint(again) == volume_fingerprint(volume)
     image.PerFrameFunctionalGroupsSequence[0] = group([0, 0, 3.0])
-    with pytest.raises(DataError, match=r"slices lie where another one lies: enhanced\.dcm \(frame 1\)"):
+    with pytest.raises(DataError, match=r"1 slice lies where another one lies: enhanced\.dcm \(frame 1\)"):
         read_one(tmp_path / "enhanced.dcm", image)
 
 

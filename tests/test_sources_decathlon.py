@@ -85,10 +85,10 @@ def test_all_faults_of_the_listing_are_told(tmp_path):
     found = problems(dataset)
     assert found["doubled-image"] == (
         "error",
-        "dataset.json: 1 images are listed more than once. Keep one entry for each (imagesTr/a.nii.gz).",
+        "dataset.json: 1 image is listed more than once. Keep one entry for each (imagesTr/a.nii.gz).",
     )
-    assert found["missing-file"] == ("error", "dataset.json: 1 images do not exist (imagesTr/gone.nii.gz).")
-    assert found["missing-mask"] == ("error", "dataset.json: 1 masks do not exist (labelsTr/c.nii.gz).")
+    assert found["missing-file"] == ("error", "dataset.json: 1 image does not exist (imagesTr/gone.nii.gz).")
+    assert found["missing-mask"] == ("error", "dataset.json: 1 mask does not exist (labelsTr/c.nii.gz).")
     assert found["training-count"][0] == "warning"
     assert "says 7 training cases" in found["training-count"][1]
     assert "imagesTs/new.nii.gz" in found["unlisted-file"][1]
@@ -176,7 +176,7 @@ def test_file_ending_that_no_file_has(tmp_path):
         read(tmp_path)
     touch(tmp_path, "imagesTr/c_0000.nii.gz")
     found = problems(read(tmp_path))
-    assert "1 of 1 images in imagesTr have no mask" in found["image-without-mask"][1]
+    assert "1 of 1 image in imagesTr has no mask" in found["image-without-mask"][1]
     assert "2 files belong to no case of dataset.json: imagesTr/a_0000.nrrd" in found["unlisted-file"][1]
     assert "'.npy' is no format" in told(tmp_path, {**NNUNET, "file_ending": ".npy"})
 

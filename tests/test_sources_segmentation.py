@@ -88,7 +88,7 @@ def test_split_folders(tmp_path):
         "valid/imgs/1.png": ("val", True),
         "test/images/9.png": ("test", False),
     }
-    assert "1 of 3 images have no mask" in problems(dataset)["image-without-mask"][1]
+    assert "1 of 3 images has no mask" in problems(dataset)["image-without-mask"][1]
 
 
 def test_splits_inside_both_folders(tmp_path):
@@ -107,8 +107,8 @@ def test_what_has_no_partner_is_told(tmp_path):
     dataset = read(tmp_path)
     assert masks(dataset) == {"images/1.png": "masks/1.png", "images/2.png": None}
     assert problems(dataset) == {
-        "image-without-mask": ("warning", "1 of 2 images have no mask and count as unlabelled: images/2.png."),
-        "mask-without-image": ("warning", "1 masks have no image of the same name: masks/3.png: ignored."),
+        "image-without-mask": ("warning", "1 of 2 images has no mask and counts as unlabelled: images/2.png."),
+        "mask-without-image": ("warning", "1 mask has no image of the same name: masks/3.png: ignored."),
         "not-an-image": ("warning", "2 files are not images, for example images/x.csv: ignored."),
     }
 

@@ -135,7 +135,8 @@ def _classes(dataset: Dataset, labelled: Sequence[Case]) -> list[Problem]:
     patterns = {case.labels for case in labelled}
     if len(patterns) < 2 and not any(case.mask for case in dataset.cases):
         only = first_few(dataset.classes) or "no finding"
-        text = f"All {len(labelled)} labelled cases are of one class ({only}). At least two are needed."
+        which = "The only labelled case is" if len(labelled) == 1 else f"All {len(labelled)} labelled cases are"
+        text = f"{which} of one class ({only}). At least two are needed."
         problems.append(error("one-class", text))
     few = {name: count for name, count in _class_counts(dataset, labelled).items() if count < FEW_CASES}
     if few:

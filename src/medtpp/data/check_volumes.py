@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medtpp.data.case import SPLITS, Case, Dataset, Problem, Record
-from medtpp.data.problems import count, error, exclude_option, first_few, warning
+from medtpp.data.problems import agree, count, error, exclude_option, first_few, warning
 from medtpp.data.restore import ANISOTROPY
 from medtpp.data.volume_scan import MOST_VALUES, VolumeScan
 
@@ -182,7 +182,9 @@ def _masks(dataset: Dataset, scans: Mapping[Case, VolumeScan]) -> list[Problem]:
     problems = []
     if len(empty) == len(masks):
         looked = f" of the structures ({wanted})" if wanted else ""
-        text = f"None of the {len(masks)} masks shows any{looked}; they hold {first_few(sorted(holders))}."
+        none = agree(masks, "The only mask shows none", f"None of the {len(masks)} masks shows any")
+        hold = agree(masks, "it holds", "they hold")
+        text = f"{none}{looked}; {hold} {first_few(sorted(holders))}."
         if wanted:
             text += " Correct data.structures, or dataset.json."
         return [error("no-structures", text, empty)]
@@ -202,8 +204,9 @@ def _masks(dataset: Dataset, scans: Mapping[Case, VolumeScan]) -> list[Problem]:
         problems.append(warning("structure-absent", text))
     if empty:
         text = (
-            f"{len(empty)} of {len(masks)} masks are empty: {first_few(empty.values())}. That is right where there is "
-            f"nothing to find; leave out what nobody has outlined: {exclude_option(list(empty))}."
+            f"{len(empty)} of {len(masks)} masks {agree(empty, 'is', 'are')} empty: {first_few(empty.values())}. That "
+            "is right where there is nothing to find; leave out what nobody has outlined: "
+            f"{exclude_option(list(empty))}."
         )
         problems.append(warning("empty-mask", text, empty))
     return problems
@@ -230,8 +233,8 @@ def _spacings(scans: Mapping[Case, VolumeScan]) -> list[Problem]:
     unknown = [case.id for case, scan in scans.items() if not scan.known]
     if known and unknown:
         text = (
-            f"{len(unknown)} of {len(scans)} files tell no spacing: {first_few(unknown)}. One spacing for all cases is "
-            "chosen only where all are known; set data.volume.spacing, or leave them out: "
+            f"{len(unknown)} of {len(scans)} files {agree(unknown, 'tells', 'tell')} no spacing: {first_few(unknown)}. "
+            "One spacing for all cases is chosen only where all are known; set data.volume.spacing, or leave them out: "
             f"{exclude_option(unknown)}."
         )
         problems.append(warning("unknown-spacing", text, unknown))
@@ -253,9 +256,10 @@ def _spacings(scans: Mapping[Case, VolumeScan]) -> list[Problem]:
     thick = {case: steps for case, steps in known.items() if steps.max() > ANISOTROPY * steps.min() and case not in odd}
     if thick:
         text = (
-            f"Slices are more than {ANISOTROPY:g} times as far apart as pixels in {len(thick)} of {len(scans)} cases: "
-            f"{first_few(thick, 3)} (median {_steps(np.median([*thick.values()], axis=0))}). What is thinner than a "
-            "slice may not be seen, and slices are not mixed where such scans are resampled."
+            f"Slices are more than {ANISOTROPY:g} times as far apart as pixels in {len(thick)} of "
+            f"{count(scans, 'case')}: {first_few(thick, 3)} "
+            f"(median {_steps(np.median([*thick.values()], axis=0))}). What is thinner than a slice may not be "
+            "seen, and slices are not mixed where such scans are resampled."
         )
         problems.append(warning("thick-slices", text, thick))
     return problems

@@ -24,6 +24,11 @@ def count(items: Sized, noun: str) -> str:
     return f"{len(items)} {noun}{'' if len(items) == 1 else 's'}"
 
 
+def agree(items: Sized, one: str, several: str) -> str:
+    """The word that goes with a number of items, such as "is" or "are"."""
+    return one if len(items) == 1 else several
+
+
 def first_few(items: Iterable[object], limit: int = 5) -> str:
     """The first items as text with the number of the rest: "a, b and 7 more"."""
     rest = iter(items)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar, Protocol
 from medtpp.config import DataOptions
 from medtpp.data.case import Case, Dataset, Problem
 from medtpp.data.listing import DICOM_SUFFIXES, list_images, stem_of
-from medtpp.data.problems import first_few
+from medtpp.data.problems import agree, count, first_few
 from medtpp.errors import DataError
 
 if TYPE_CHECKING:
@@ -141,8 +141,8 @@ def scan_problems(images: Iterable[ImageFile], exclude: Sequence[str]) -> list[P
     if crowded:
         listed = (" and ".join(f"{image.name} ({scan.summary()})" for image, scan in inside) for inside in crowded)
         text = (
-            f"{len(crowded)} folders hold several DICOM series: {first_few(listed, 3)}. Each is a case; leave out "
-            "those that are not meant with data.exclude."
+            f"{count(crowded, 'folder')} {agree(crowded, 'holds', 'hold')} several DICOM series: "
+            f"{first_few(listed, 3)}. Each is a case; leave out those that are not meant with data.exclude."
         )
         names = tuple(image.name for inside in crowded for image, _ in inside)
         problems.append(Problem("warning", "several-series", text, names))

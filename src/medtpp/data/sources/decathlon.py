@@ -22,17 +22,18 @@ from pydantic import BaseModel, StrictInt, StrictStr, ValidationError
 from medtpp.config import SOURCES, DataOptions
 from medtpp.data.case import Case, Dataset, Problem, Structure
 from medtpp.data.listing import IMAGE_SUFFIXES, PLANE_SUFFIXES, list_images, split_suffix
-from medtpp.data.problems import first_few
+from medtpp.data.problems import agree, count, first_few
 from medtpp.data.sources import is_excluded
 from medtpp.data.sources._structures import named_structures, parse_structures
 from medtpp.errors import DataError
 
 _FOLDERS = ("imagesTr", "labelsTr", "imagesTs", "labelsTs")
+# What is said of one, of several, and of both.
 _ADVICE = {
-    "missing-file": "{} images do not exist",
-    "missing-mask": "{} masks do not exist",
-    "doubled-image": "{} images are listed more than once. Keep one entry for each",
-    "missing-channel": "{} images lack channels that others have",
+    "missing-file": ("image does", "images do", "not exist"),
+    "missing-mask": ("mask does", "masks do", "not exist"),
+    "doubled-image": ("image is", "images are", "listed more than once. Keep one entry for each"),
+    "missing-channel": ("image lacks", "images lack", "channels that others have"),
 }
 
 
@@ -74,7 +75,8 @@ class Decathlon:
         used = {name for entry in entries for name in (*entry.images.values(), entry.mask)}
         unlisted = [name for name in present if name not in used]
         if unlisted:
-            text = f"{len(unlisted)} files belong to no case of dataset.json: {first_few(unlisted)}: ignored."
+            files = f"{count(unlisted, 'file')} {agree(unlisted, 'belongs', 'belong')}"
+            text = f"{files} to no case of dataset.json: {first_few(unlisted)}: ignored."
             problems.append(Problem("warning", "unlisted-file", text))
         return Dataset(root, "decathlon", cases, structures=structures, problems=tuple(problems))
 
@@ -250,7 +252,9 @@ def _cases(
 
 
 def _fault_problem(code: str, faults: Sequence[tuple[str, str]]) -> Problem:
-    text = f"dataset.json: {_ADVICE[code].format(len(faults))} ({first_few(name for name, _ in faults)})."
+    one, several, rest = _ADVICE[code]
+    what = f"{len(faults)} {agree(faults, one, several)} {rest}"
+    text = f"dataset.json: {what} ({first_few(name for name, _ in faults)})."
     return Problem("error", code, text, tuple(case for _, case in faults))
 
 
@@ -260,7 +264,8 @@ def _problems(content: _Content, entries: Sequence[_Entry], structures: Sequence
     training = [entry for entry in entries if entry.training]
     bare = tuple(entry.id for entry in training if entry.mask is None)
     if bare:
-        text = f"{len(bare)} of {len(training)} images in imagesTr have no mask and count as unlabelled: "
+        verbs = agree(bare, "has no mask and counts", "have no mask and count")
+        text = f"{len(bare)} of {count(training, 'image')} in imagesTr {verbs} as unlabelled: "
         problems.append(Problem("warning", "image-without-mask", f"{text}{first_few(bare)}.", bare))
     annotated = len(training) - len(bare)
     if content.numTraining is not None and content.numTraining != annotated:

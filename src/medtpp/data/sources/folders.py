@@ -8,7 +8,7 @@ from typing import ClassVar
 from medtpp.config import SOURCES, DataOptions
 from medtpp.data.case import Case, Dataset, Problem
 from medtpp.data.listing import IMAGE_SUFFIXES
-from medtpp.data.problems import first_few
+from medtpp.data.problems import agree, count, first_few
 from medtpp.data.sources import ImageFile, class_names, find_images, scan_problems, split_of
 from medtpp.data.sources.segmentation_folders import holds_masks
 from medtpp.errors import DataError
@@ -88,7 +88,7 @@ def _case(image: ImageFile, prescribed: bool) -> Case:
 def _problems(cases: tuple[Case, ...], others: list[str]) -> list[Problem]:
     problems = []
     if others:
-        verb = "file is" if len(others) == 1 else "files are"
+        verb = agree(others, "file is", "files are")
         problems.append(
             Problem("warning", "not-an-image", f"{len(others)} {verb} not images, for example {others[0]}: ignored.")
         )
@@ -98,7 +98,8 @@ def _problems(cases: tuple[Case, ...], others: list[str]) -> list[Problem]:
             Problem(
                 "warning",
                 "outside-class-folders",
-                f"{len(stray)} images lie outside class folders and count as unlabelled: {first_few(stray)}.",
+                f"{count(stray, 'image')} outside class folders, which {agree(stray, 'counts', 'count')} as "
+                f"unlabelled: {first_few(stray)}.",
                 stray,
             )
         )

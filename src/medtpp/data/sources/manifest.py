@@ -12,25 +12,39 @@ from typing import ClassVar
 
 from medtpp.config import SOURCES, ColumnOptions, DataOptions
 from medtpp.data.case import Case, Dataset, Problem
-from medtpp.data.problems import first_few
+from medtpp.data.problems import agree, first_few
 from medtpp.data.sources import ImageFile, class_names, is_excluded, scan_problems, split_of
 from medtpp.data.sources._structures import named_structures
 from medtpp.errors import DataError
 
 NO_FINDING = "none"
 
+_HAS, _NAMES = ("row has", "rows have"), ("row names", "rows name")
+
+# What is said of one, of several, and of both.
 _ADVICE = {
-    "row-length": "{} rows have another number of cells than the header. Quote cells that hold the separator",
-    "no-image": "{} rows name no image. Name one or delete the row",
-    "doubled-image": "{} rows name an image that an earlier row names. Keep one row per image; several labels go in "
-    "one cell (a;b) with --set data.multilabel=true",
-    "missing-file": "{} images do not exist. Paths are relative to the manifest",
-    "missing-mask": "{} masks do not exist. Paths are relative to the manifest; an empty cell is for no mask",
-    "no-series": "{} rows name a folder that holds no DICOM series",
-    "several-series": "{} rows name a folder that holds several DICOM series. Name the folder or the file of one",
-    "unknown-split": "{} rows have an unknown split. Use train, val or test",
-    "empty-split": "{} rows with a label or mask have no split although others have. Fill in all or none",
-    "none-with-labels": "{} rows have the label none (no finding) beside others. Keep one or the other",
+    "row-length": (*_HAS, "another number of cells than the header. Quote cells that hold the separator"),
+    "no-image": (*_NAMES, "no image. Name one or delete the row"),
+    "doubled-image": (
+        *_NAMES,
+        "an image that an earlier row names. Keep one row per image; several labels go in one cell (a;b) with --set "
+        "data.multilabel=true",
+    ),
+    "missing-file": ("image does", "images do", "not exist. Paths are relative to the manifest"),
+    "missing-mask": (
+        "mask does",
+        "masks do",
+        "not exist. Paths are relative to the manifest; an empty cell is for no mask",
+    ),
+    "no-series": (*_NAMES, "a folder that holds no DICOM series"),
+    "several-series": (*_NAMES, "a folder that holds several DICOM series. Name the folder or the file of one"),
+    "unknown-split": (*_HAS, "an unknown split. Use train, val or test"),
+    "empty-split": (
+        "row with a label or mask has",
+        "rows with a label or mask have",
+        "no split although others have. Fill in all or none",
+    ),
+    "none-with-labels": (*_HAS, "the label none (no finding) beside others. Keep one or the other"),
 }
 
 
@@ -230,7 +244,8 @@ def _labels(cell: str, options: DataOptions) -> tuple[tuple[str, ...], bool]:
 
 def _fault_problem(file: Path, code: str, faults: list[tuple[int, str, str]]) -> Problem:
     where = first_few((f"line {line}: {text}" if text else f"line {line}" for line, text, _ in sorted(faults)))
-    message = f"{file.name}: {_ADVICE[code].format(len(faults))} ({where})."
+    one, several, rest = _ADVICE[code]
+    message = f"{file.name}: {len(faults)} {agree(faults, one, several)} {rest} ({where})."
     return Problem("error", code, message, tuple(case for *_, case in faults if case))
 
 

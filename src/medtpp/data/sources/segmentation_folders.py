@@ -12,7 +12,7 @@ from typing import ClassVar
 from medtpp.config import SOURCES, DataOptions
 from medtpp.data.case import Case, Dataset, Problem
 from medtpp.data.listing import stem_of
-from medtpp.data.problems import first_few
+from medtpp.data.problems import agree, count, first_few
 from medtpp.data.sources import ImageFile, find_images, find_masks, scan_problems, split_of
 from medtpp.data.sources._structures import named_structures
 from medtpp.errors import DataError
@@ -229,17 +229,20 @@ def _problems(cases: Sequence[Case], found: _Found) -> list[Problem]:
     problems = []
     if found.doubled:
         which = first_few(f"{stem} ({first_few(names)})" for stem, names in found.doubled.items())
-        text = f"{len(found.doubled)} names belong to several images or several masks: {which}. Keep one of each."
+        what = f"{count(found.doubled, 'name')} {agree(found.doubled, 'belongs', 'belong')}"
+        text = f"{what} to several images or several masks: {which}. Keep one of each."
         problems.append(Problem("error", "doubled-stem", text))
     bare = tuple(case.id for case in cases if case.mask is None)
     if bare:
-        text = f"{len(bare)} of {len(cases)} images have no mask and count as unlabelled: {first_few(bare)}."
+        verbs = agree(bare, "has no mask and counts", "have no mask and count")
+        text = f"{len(bare)} of {count(cases, 'image')} {verbs} as unlabelled: {first_few(bare)}."
         problems.append(Problem("warning", "image-without-mask", text, bare))
     if found.alone:
-        text = f"{len(found.alone)} masks have no image of the same name: {first_few(sorted(found.alone))}: ignored."
+        what = f"{count(found.alone, 'mask')} {agree(found.alone, 'has', 'have')}"
+        text = f"{what} no image of the same name: {first_few(sorted(found.alone))}: ignored."
         problems.append(Problem("warning", "mask-without-image", text))
     if found.others:
-        verb = "file is" if len(found.others) == 1 else "files are"
+        verb = agree(found.others, "file is", "files are")
         text = f"{len(found.others)} {verb} not images, for example {min(found.others)}: ignored."
         problems.append(Problem("warning", "not-an-image", text))
     return problems

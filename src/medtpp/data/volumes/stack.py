@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from medtpp.data.case import Problem
 from medtpp.data.geometry import Geometry
-from medtpp.data.problems import first_few
+from medtpp.data.problems import agree, count, first_few
 from medtpp.data.volumes.grid import make_geometry
 
 PARALLEL = 2e-3  # largest difference of direction cosines inside a stack; about 0.1 degrees
@@ -87,10 +87,10 @@ def stack_problems(planes: Sequence[Plane]) -> list[Problem]:
 def doubled(planes: Iterable[Plane]) -> int:
     """The largest number of planes at one place."""
     planes = in_order(planes)
-    most = count = 1
+    most = here = 1
     for step in np.diff(_heights(planes)):
-        count = count + 1 if step < DOUBLED * min(planes[0].spacing) else 1
-        most = max(most, count)
+        here = here + 1 if step < DOUBLED * min(planes[0].spacing) else 1
+        most = max(most, here)
     return most
 
 
@@ -101,8 +101,10 @@ def _normal(plane: Plane) -> NDArray[np.float64]:
     return unit
 
 
-def _heights(planes: Sequence[Plane]) -> NDArray[np.float64]:
-    heights: NDArray[np.float64] = np.array([plane.position for plane in planes]) @ _normal(planes[0])
+def _heights(planes: Sequence[Plane], normal: NDArray[np.float64] | None = None) -> NDArray[np.float64]:
+    """Positions in mm along a normal, by default that of the first plane."""
+    along = _normal(planes[0]) if normal is None else normal
+    heights: NDArray[np.float64] = np.array([plane.position for plane in planes]) @ along
     return heights
 
 
@@ -141,10 +143,14 @@ def _differences(planes: Sequence[Plane], names: Sequence[str]) -> list[Problem]
     # The middle of all directions, so that a single odd slice is the one that is named.
     odd = np.flatnonzero(np.abs(axes - np.median(axes, axis=0)).max(axis=1) > PARALLEL).tolist()
     if odd:
+        # Along the normal of the others: that of an odd one would order them otherwise.
+        straight = next((plane for index, plane in enumerate(planes) if index not in odd), planes[0])
+        heights = _heights(planes, _normal(straight))
+        which = first_few((f"{names[index]} at {heights[index]:.2f} mm" for index in odd), 3)
         text = (
-            f"{len(odd)} of {len(planes)} slices are not parallel to the others: "
-            f"{first_few((names[index] for index in odd), 3)}. A volume has parallel slices: take out the odd ones, or "
-            "use the slices as single images."
+            f"{len(odd)} of {len(planes)} slices {agree(odd, 'is', 'are')} not parallel to the others: {which}. A "
+            f"volume has parallel slices: take out the odd {agree(odd, 'one', 'ones')}, or use the slices as "
+            "single images."
         )
         problems.append(_error("slices-not-parallel", text))
     return problems
@@ -173,13 +179,16 @@ def _distances(planes: Sequence[Plane], names: Sequence[str]) -> list[Problem]:
         if same <= step <= MISSING * usual and abs(step - usual) > UNEVEN * usual
     ]
     if twins:
-        text = f"{len(twins)} slices lie where another one lies: {places(twins)}. Remove copies, or keep one scan."
+        text = (
+            f"{count(twins, 'slice')} {agree(twins, 'lies', 'lie')} where another one lies: {places(twins)}. Remove "
+            "copies, or keep one scan."
+        )
         problems.append(_error("slices-doubled", text))
     if gaps:
-        missing = sum(max(round(steps[index] / usual) - 1, 1) for index in gaps)
+        missing = range(sum(max(round(steps[index] / usual) - 1, 1) for index in gaps))
         text = (
-            f"About {missing} slices are missing (slices are {usual:.3g} mm apart), between {places(gaps)}. "
-            "Export the series again."
+            f"About {count(missing, 'slice')} {agree(missing, 'is', 'are')} missing (slices are {usual:.3g} mm apart), "
+            f"between {places(gaps)}. Export the series again."
         )
         problems.append(_error("slices-missing", text))
     if uneven:
