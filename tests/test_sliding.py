@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from medtpp.backbones import load
 from medtpp.config import Window
 from medtpp.data.case import Case, Structure
-from medtpp.data.geometry import Volume
+from medtpp.data.geometry import Volume, same_grid
 from medtpp.data.volume_preprocess import VolumePreprocessing, label_mask
 from medtpp.data.volumes import read_mask, read_volume
 from medtpp.inference.sliding import SlidingWindow, as_member, labels_on_scan
@@ -133,33 +133,60 @@ def test_arrays_smaller_than_a_window_are_refused():
             SlidingWindow([one_hot], (4, 4)).labels(np.zeros(shape, np.float32))
 
 
-@pytest.mark.parametrize("seed", range(200))
+CASES = 200
+FACTORS = {
+    "oblique": (False, True),
+    "suffix": (".nii.gz", ".nrrd", ".mha", ".nii"),
+    "refined": (False, True),
+    "crop": (False, True),
+    "margin": (0.0, 1.0, 2.0, 3.0, 4.0),
+    "border": ("zero", "edge"),
+    "flips": ((), (2,), (0, 1)),
+    "thin": (False, True),
+}
+
+
+def drawn(seed):
+    """Each factor by a draw of its own, so that no two go together in all cases; and the generator for the rest."""
+    rng = np.random.default_rng(seed)
+    return {name: values[rng.integers(len(values))] for name, values in FACTORS.items()}, rng
+
+
+def test_the_cases_cross_every_factor_with_every_other():
+    cases = [drawn(seed)[0] for seed in range(CASES)]
+    for one, other in itertools.combinations(FACTORS, 2):
+        wanted = set(itertools.product(FACTORS[one], FACTORS[other]))
+        assert {(case[one], case[other]) for case in cases} == wanted, (one, other)
+
+
+@pytest.mark.parametrize("seed", range(CASES))
 def test_an_identity_models_mask_comes_back_voxel_exact(seed, tmp_path):
     """Any orientation, spacing and shape, thinner than the window or not: scan, windows, way back, file, mask."""
-    rng = np.random.default_rng(seed)
+    case, rng = drawn(seed)
     shape = tuple(rng.integers(1, 20, 3).tolist())
     spacing = rng.uniform(0.5, 6, 3)
-    where = geometry(shape, spacing.tolist(), seed)
+    where = geometry(shape, spacing.tolist(), 2 * int(rng.integers(1000)) + case["oblique"])  # odd seeds are oblique
     labels = rng.integers(0, CLASSES, shape).astype(np.uint8)
-    refined = seed % 2 == 1
+    patch = rng.integers(*((16, 24) if case["thin"] else (4, 16)), 3)
     prepare = VolumePreprocessing(
-        patch=tuple(rng.integers(4, 16, 3).tolist()),
+        patch=tuple(patch.tolist()),
         windows=(Window(kind="fixed", low=0, high=CLASSES - 1),),
-        spacing=tuple((spacing.min() * rng.uniform(0.5, 1.0, 3)).tolist()) if refined else None,
+        spacing=tuple((spacing.min() * rng.uniform(0.5, 1.0, 3)).tolist()) if case["refined"] else None,
         air=0.5,
-        crop=bool(seed % 3),
-        margin=float(seed % 5),
+        crop=case["crop"],
+        margin=case["margin"],
+        border=case["border"],
     )
-    image = tmp_path / f"image{('.nii.gz', '.nrrd', '.mha', '.nii')[seed % 4]}"
-    mask = image.with_name(image.name.replace("image", "mask"))
+    image, mask = (tmp_path / f"{name}{case['suffix']}" for name in ("image", "mask"))
     write_mask(image, labels, where)
     volume = read_volume(Case("case", image))
     array, restore = prepare.apply(volume)
-    if refined:  # an image that is interpolated holds no labels any more
+    if case["refined"]:  # an image that is interpolated holds no labels any more
         array = prepare.apply_mask(labels, STRUCTURES, restore)[None] / np.float32(CLASSES - 1)
-    window = SlidingWindow([one_hot], prepare.patch, flips=((), (2,))[seed % 2])
+    window = SlidingWindow([one_hot], prepare.patch, flips=case["flips"])
     write_mask(mask, window.scan_labels(array, restore), volume.geometry)
     assert np.array_equal(read_mask(mask, volume.geometry), labels)
+    assert same_grid(read_volume(Case("mask", mask)).geometry, where)
 
 
 @pytest.mark.parametrize("overlapping", [False, True])
