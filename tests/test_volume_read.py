@@ -160,12 +160,17 @@ def test_truncated_files(tmp_path, suffix, compressed, share, capfd):
     capfd.readouterr()
 
 
-@pytest.mark.parametrize("suffix", ["nii.gz", "mha", "nrrd"])
-def test_a_compressed_file_whose_rest_is_zeros(tmp_path, suffix):
-    path = tmp_path / f"v.{suffix}"
-    sitk.WriteImage(itk_image(np.tile(VALUES, (4, 4, 4))), str(path), useCompression=True)
-    whole = path.read_bytes()
-    path.write_bytes(whole[: len(whole) // 2] + bytes(len(whole) - len(whole) // 2))
+@pytest.mark.parametrize(
+    ("suffix", "voxels"),
+    [("nii.gz", "nii.gz"), ("mha", "mha"), ("nrrd", "nrrd"), ("nhdr", "raw.gz"), ("mhd", "zraw")],
+)
+def test_a_compressed_file_whose_rest_is_zeros(tmp_path, suffix, voxels):
+    path, data = tmp_path / f"v.{suffix}", tmp_path / f"v.{voxels}"
+    values = np.tile(VALUES, (4, 4, 4))
+    sitk.WriteImage(itk_image(values), str(path), useCompression=True)
+    assert np.array_equal(read(path).array[0], values)
+    whole = data.read_bytes()
+    data.write_bytes(whole[: len(whole) // 2] + bytes(len(whole) - len(whole) // 2))
     assert "does not add up" in message(path)
 
 

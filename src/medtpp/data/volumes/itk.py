@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import os
 import re
 import zlib
 from pathlib import Path
@@ -66,7 +67,7 @@ def _geometry(image: sitk.Image, shape: tuple[int, ...]) -> Geometry:
 
 
 def _check_file(path: Path) -> None:
-    """Test the checksum of data that is compressed in the same file, which ITK's readers leave alone."""
+    """Test the checksum of compressed data, in the file or in one of its own, which ITK's readers leave alone."""
     try:
         with path.open("rb") as stream:
             head = stream.read(1 << 16)
@@ -74,12 +75,18 @@ def _check_file(path: Path) -> None:
                 raise DataError("the file is empty (0 bytes).")
             nrrd = head[:4] == b"NRRD"
             end = re.search(rb"\r?\n\r?\n" if nrrd else rb"(?m)^ElementDataFile\s*=\s*LOCAL\s*?\n", head)
-            fields = head[: end.start()] if end else b""
-            compressed = re.search(rb"(?im)^(encoding:\s*gz|CompressedData\s*=\s*True)", fields)
-            detached = re.search(rb"(?im)^data ?file:", fields)
-            if end and compressed and not detached:
+            fields = head[: end.start()] if end else head
+            detached = re.search(rb"(?im)^(?:data ?file:|ElementDataFile\s*=)[ \t]*([^\r\n\0]+?)[ \t\r]*$", fields)
+            if not re.search(rb"(?im)^(encoding:\s*gz|CompressedData\s*=\s*True)", fields):
+                return
+            data = b""  # what is missing is told by ITK's reader
+            if detached:
+                voxels = path.parent / os.fsdecode(detached[1])
+                data = voxels.read_bytes() if voxels.is_file() else data
+            elif end:
                 stream.seek(end.end())
                 data = stream.read()
+            if data:
                 (gzip.decompress if data[:2] == b"\x1f\x8b" else zlib.decompress)(data)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise DataError(
