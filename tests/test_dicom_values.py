@@ -191,6 +191,7 @@ RESCALED = {
     "half": (0.5, -100.5),
     "offset": (1, -0.5),
     "turned": (-0.25, 1023.75),
+    "turned whole": (-1, 4095),
     "distant": (1 / 4095, 1000),
     "too large": (40, 0),
 }

@@ -47,6 +47,8 @@ def test_images_and_masks_are_paired_by_stem(tmp_path):
         "images/d.1.mha",
         "images/._a.jpg",
         "images/e_mask.png",
+        "images/f/scan.nii.gz",
+        "images/g.nii.gz",
     )
     touch(
         tmp_path,
@@ -55,6 +57,8 @@ def test_images_and_masks_are_paired_by_stem(tmp_path):
         "masks/deep/c_mask.png",
         "masks/d.1-GT.nrrd",
         "masks/e_mask.png",
+        "masks/f/scan.nii.gz",
+        "masks/g/Segmentation 1.nii.gz",
         "notes/x.txt",
     )
     dataset = read(tmp_path)
@@ -65,6 +69,8 @@ def test_images_and_masks_are_paired_by_stem(tmp_path):
         "images/d.1.mha": "masks/d.1-GT.nrrd",
         "images/deep/c.PNG": "masks/deep/c_mask.png",
         "images/e_mask.png": "masks/e_mask.png",
+        "images/f/scan.nii.gz": "masks/f/scan.nii.gz",
+        "images/g.nii.gz": "masks/g/Segmentation 1.nii.gz",
     }
     assert dataset.problems == ()
     assert dataset.structures == ()

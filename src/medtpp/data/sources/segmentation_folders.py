@@ -110,7 +110,8 @@ def pair(images: Iterable[tuple[str, str]], masks: Iterable[str]) -> Pairing:
 
     Args:
         images: Stem and name of each image.
-        masks: Names of masks. The whole stem is looked up first, then the stem without an ending such as "_mask".
+        masks: Names of masks. The whole stem is looked up first, then the stem without an ending such as "_mask", then
+            the folder, in which viewers save a segmentation under a name of their own.
     """
     images_of: dict[str, list[str]] = defaultdict(list)
     masks_of: dict[str, list[str]] = defaultdict(list)
@@ -118,12 +119,13 @@ def pair(images: Iterable[tuple[str, str]], masks: Iterable[str]) -> Pairing:
     for stem, name in images:
         images_of[stem].append(name)
     for mask in masks:
-        stem = stem_of(mask)
-        stem = stem if stem in images_of else _MASK_ENDING.sub("", stem)
-        if stem in images_of:
-            masks_of[stem].append(mask)
-        else:
+        whole = stem_of(mask)
+        looked_up = (whole, _MASK_ENDING.sub("", whole), PurePosixPath(mask).parent.as_posix())
+        found = next((stem for stem in looked_up if stem in images_of), None)
+        if found is None:
             alone.append(mask)
+        else:
+            masks_of[found].append(mask)
     doubled = {
         stem: names + masks_of[stem] for stem, names in images_of.items() if len(names) > 1 or len(masks_of[stem]) > 1
     }

@@ -112,7 +112,7 @@ class PixelFile:
         values = self._scaled(stored, slope, intercept)
         whole, span = slope.is_integer() and intercept.is_integer(), self._span(slope, intercept)
         if self.modality in PROJECTIONS:
-            values, whole = self._presented(values, whole, span), True
+            values, whole = self._presented(values, whole and slope > 0, span), True
         if photometric == "MONOCHROME1" and self.modality not in MEASURED:
             values = self._inverted(values) if whole else np.float32(sum(span)) - values
         if padding is not None and padding.any() and not padding.all():
@@ -158,7 +158,7 @@ class PixelFile:
 
         Args:
             values: (H, W), rescaled.
-            whole: Whether rescaling keeps whole numbers whole.
+            whole: Whether rescaling keeps whole numbers whole, and their order, which pydicom's windows need.
             span: What `_span` gave.
         """
         depth = int(self.dataset.BitsStored)
