@@ -16,6 +16,7 @@ from medtpp.seeds import Seeds
 
 VARIANT = "medtpp_test_class_token"
 PERCENTILES = Window(kind="percentiles", low=0.5, high=99.5)
+ZSCORE = Window(kind="zscore", low=-3, high=3)
 PHOTOGRAPHS = Preprocessing(image_size=32, channels=1)
 PLANES = VolumePreprocessing(patch=(32, 32), size=(32, 32), windows=(LEVELS,), dtype="uint8")
 SCANS = VolumePreprocessing(patch=(8, 16, 16), spacing=(1.0, 1.0, 1.0), windows=(PERCENTILES,))

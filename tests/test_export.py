@@ -18,8 +18,10 @@ from exported import (
     LIGHT,
     PHOTOGRAPHS,
     PLANES,
+    SCANS,
     UNETR,
     VARIANT,
+    ZSCORE,
     adapter,
     batches,
     made,
@@ -188,6 +190,14 @@ def test_an_adapter_without_a_head_and_an_unknown_target_are_refused(tmp_path):
     assert not (tmp_path / "out").exists()
     with pytest.raises(ConfigError, match="no export to tensorflow"):
         exports.export(one, "tensorflow", tmp_path)
+
+
+def test_a_zscore_is_stated(tmp_path, monkeypatch):
+    one = adapter(SCANS.model_copy(update={"windows": (ZSCORE,), "air": 20.0}), json.dumps(CLASSIFY))
+    monkeypatch.setitem(exports.TARGETS, "torch", lambda *_: networks.Written(("model.pt2",), True, 0.0))
+    exports.export(one, "torch", tmp_path)
+    words = "the mean of the values above 20, -3 and +3 times their standard deviation, becomes 0 and 1."
+    assert any(words in step for step in stated(tmp_path)["how"])
 
 
 @pytest.mark.parametrize("kind", KINDS)

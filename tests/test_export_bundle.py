@@ -9,7 +9,7 @@ import torch
 from monai.bundle import ConfigParser
 from PIL import Image
 
-from exported import CLASSIFY, KINDS, PERCENTILES, SCANS, adapter, batches, made, own, stated
+from exported import CLASSIFY, KINDS, PERCENTILES, SCANS, ZSCORE, adapter, batches, made, own, stated
 from medtpp.config import Window
 from medtpp.data.geometry import Volume
 from medtpp.data.preprocess import Preprocessing
@@ -92,7 +92,7 @@ class TestBundle:
     def test_every_kind_of_window_and_the_crop(self, air, tmp_path):
         fixed = Window(kind="fixed", low=20, high=400)
         preprocessing = VolumePreprocessing(
-            patch=(8, 16, 16), windows=(PERCENTILES, fixed), air=air, crop=True, margin=2.0
+            patch=(8, 16, 16), windows=(PERCENTILES, fixed, ZSCORE, ZSCORE), air=air, crop=True, margin=2.0
         )
         parser = ConfigParser(
             {
@@ -101,8 +101,9 @@ class TestBundle:
             }
         )
         steps = parser.get_parsed_content("transforms")[2:]  # after loading
-        array = np.zeros((2, 20, 30, 24), np.float32)
-        array[:, 5:14, 8:29, 3:22] = np.random.default_rng(0).random((2, 9, 21, 19)) * 500
+        array = np.zeros((4, 20, 30, 24), np.float32)
+        array[:3, 5:14, 8:29, 3:22] = np.random.default_rng(0).random((3, 9, 21, 19)) * 500
+        array[3, 6:9, 8:29, 3:22] = 80  # content of one value
         where = geometry(array.shape[1:])
         ours, _ = preprocessing.apply(Volume(array, where))
         from monai.data import MetaTensor

@@ -258,6 +258,17 @@ def test_what_the_user_says_is_taken():
         fit_preprocessing(fingerprint(), (8, 8, 8), VolumeOptions(patch=(9, 9, 9)))
 
 
+def test_each_channel_of_scans_needs_its_window():
+    zscore = Window(kind="zscore", low=-3, high=3)
+    plan = fit_preprocessing(fingerprint(channels=2), (8, 8, 8), VolumeOptions(windows=(zscore, PERCENTILES)))
+    assert (plan.windows, plan.dtype) == ((zscore, PERCENTILES), "float16")
+    with pytest.raises(ConfigError, match=r"data.volume.windows: 1 for 2 channels"):
+        fit_preprocessing(fingerprint(channels=2), (8, 8, 8), VolumeOptions(windows=(zscore,)))
+    tiles = fingerprint(((64, 64),), ((1.0, 1.0),), units="levels", channels=3)
+    levels = VolumeOptions(windows=(Window(kind="fixed", low=0, high=255),))
+    assert len(fit_preprocessing(tiles, (16, 16), levels).windows) == 1  # colour becomes grey
+
+
 def test_a_size_for_all_takes_the_place_of_a_spacing_unless_the_user_says_otherwise():
     images = fingerprint(((300, 200),) * 2, ((1.0, 1.0),) * 2, units="levels", known=False)
     plan = fit_preprocessing(images, (16, 16), size=(64, 64))

@@ -154,7 +154,39 @@ def test_percentiles_look_at_the_content_alone():
     assert (result[0] == 1).sum() == pytest.approx(200, abs=3)
 
 
-@pytest.mark.parametrize("kind", ["fixed", "percentiles"])
+@pytest.mark.parametrize("air", [None, 20.0])
+def test_a_zscore_looks_at_the_content_alone(air):
+    content = np.random.default_rng(0).normal(300, 40, 2000)
+    content[:10] = 5000  # what a few bright vessels are
+    scan = np.full((20, 20, 20), 10.0, np.float32)
+    scan[5:10] = content.reshape(5, 20, 20)
+    result, _ = preprocessing(windows=(Window(kind="zscore", low=-3, high=2),), air=air).apply(
+        Volume(scan[None], plain_geometry(scan.shape))
+    )
+    expected = ((content - content.mean()) / content.std() + 3) / 5
+    np.testing.assert_allclose(result[0, 5:10].ravel(), expected.clip(0, 1), atol=1e-3)  # float16
+    assert (result[0] == 1).sum() == 10
+    assert (result[0, :5] < result[0, 5:10].min()).all()
+
+
+def test_a_zscore_does_not_depend_on_the_scanner_s_gain_and_offset():
+    """What MRI needs it for: units differ from scan to scan."""
+    scan = np.random.default_rng(0).gamma(3, 50, (1, 12, 12, 12))
+    zscore = preprocessing(windows=(Window(kind="zscore", low=-3, high=3),))
+    where = plain_geometry(scan.shape[1:])
+    (first, _), (second, _) = zscore.apply(Volume(scan, where)), zscore.apply(Volume(7 * scan + 1000, where))
+    np.testing.assert_allclose(first, second, atol=1e-3)  # float16
+
+
+@pytest.mark.parametrize("kind", ["percentiles", "zscore"])
+def test_content_of_one_value_is_white_on_black(kind):
+    scan = np.zeros((1, 6, 6, 6), np.float32)
+    scan[:, 2:4, 2:4, 2:4] = 0.1
+    result, _ = preprocessing(windows=(Window(kind=kind, low=1, high=3),)).apply(Volume(scan, plain_geometry((6,) * 3)))
+    np.testing.assert_array_equal(result, scan > 0)
+
+
+@pytest.mark.parametrize("kind", ["fixed", "percentiles", "zscore"])
 def test_a_scan_of_one_value_becomes_black_or_white(kind):
     volume = Volume(np.full((1, 4, 4, 4), 7, np.int16), plain_geometry((4, 4, 4)))
     result, _ = preprocessing(windows=(Window(kind=kind, low=1, high=5),)).apply(volume)
@@ -274,16 +306,21 @@ def test_wrong_options_are_told(options, message):
         VolumePreprocessing(**{"patch": (4, 4, 4), "windows": (UNIT,)} | options)
 
 
-@pytest.mark.parametrize(("low", "high", "kind"), [(3, 3, "fixed"), (5, 2, "fixed"), (-1, 50, "percentiles")])
+@pytest.mark.parametrize(
+    ("low", "high", "kind"), [(3, 3, "fixed"), (5, 2, "fixed"), (-1, 50, "percentiles"), (3, -3, "zscore")]
+)
 def test_wrong_windows_are_told(low, high, kind):
     with pytest.raises(ValidationError, match=r"low|between"):
         Window(kind=kind, low=low, high=high)
 
 
-def test_preprocessing_is_saved_and_gives_the_same_bits():
+@pytest.mark.parametrize(
+    "window", [Window(kind="percentiles", low=0.5, high=99.5), Window(kind="zscore", low=-3, high=3)]
+)
+def test_preprocessing_is_saved_and_gives_the_same_bits(window):
     rng = np.random.default_rng(0)
     volume = Volume(rng.random((1, 9, 10, 11)), geometry((9, 10, 11), (1, 2, 1.5), 3))
-    first = preprocessing(windows=(Window(kind="percentiles", low=0.5, high=99.5),), spacing=(1.3, 1.1, 0.9))
+    first = preprocessing(windows=(window,), spacing=(1.3, 1.1, 0.9))
     again = VolumePreprocessing.model_validate_json(first.model_dump_json())
     np.testing.assert_array_equal(first.apply(volume)[0], again.apply(volume)[0])
     with pytest.raises(ValueError, match="not in the network's space"):

@@ -107,9 +107,16 @@ class AugmentOptions(Options):
 
 
 class Window(Options):
-    """Which intensities of a channel become 0 and 1; what lies outside is cut off."""
+    """Which intensities of a channel become 0 and 1; what lies outside is cut off.
 
-    kind: Literal["fixed", "percentiles"] = Field(description="of the values themselves, or of each scan's content")
+    `low` and `high` are values (fixed), or for each scan anew percentiles of its content, or standard deviations from
+    the mean of its content (zscore: -3 and 3, say).
+    """
+
+    kind: Literal["fixed", "percentiles", "zscore"] = Field(
+        description="what low and high are: values, percentiles of each scan's content, or standard deviations from "
+        "its mean"
+    )
     low: float = Field(description="becomes 0")
     high: float = Field(description="becomes 1")
 
@@ -134,7 +141,9 @@ class VolumeOptions(Options):
     size: tuple[Count, ...] | Literal["auto", "none"] = Field(
         "auto", description="voxels of every scan, in place of spacing; auto: of 2D images without a known spacing"
     )
-    windows: tuple[Window, ...] | Auto = Field("auto", description="intensities that become 0 and 1, by channel")
+    windows: tuple[Window, ...] | Auto = Field(
+        "auto", description="intensities that become 0 and 1, by channel; kind: fixed, percentiles or zscore"
+    )
     air: float | Auto | None = Field("auto", description="content is brighter than this; null: than the darkest voxel")
     crop: bool | Auto = Field("auto", description="keep the box of the content alone")
 

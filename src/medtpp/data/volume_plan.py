@@ -86,7 +86,8 @@ def fit_preprocessing(
     - Spacing: the median. Across thick slices (over three times the finest spacing) the finest tenth, as in nnU-Net.
       None where files tell no spacing.
     - Intensities: 0 .. 255 for 8-bit images; for CT the range of HU that the structures, or without masks all voxels,
-      take in the data set; otherwise percentiles of each scan's content, since MRI has no units.
+      take in the data set; otherwise percentiles of each scan's content, since MRI has no units. A z-score is
+      for the options to ask for.
     - Crop to content where that takes away a fifth of the median scan, and no structure.
     - Patch: the median shape, then smaller along the longest side in mm until the budget is met.
 
@@ -107,7 +108,7 @@ def fit_preprocessing(
         raise DataError(
             f"The images have {dims} dimensions, but the backbone has {len(multiple)}. Choose backbone.dims."
         )
-    _require_sides(options, dims)
+    _require_consistent(options, fingerprint)
     size, spacing = _grid(fingerprint, options, size)
     steps = np.array(fingerprint.spacings)
     shares = [
@@ -170,10 +171,14 @@ def _grid(
     return None, tuple(spacing.tolist())
 
 
-def _require_sides(options: VolumeOptions, dims: int) -> None:
+def _require_consistent(options: VolumeOptions, fingerprint: DatasetFingerprint) -> None:
+    dims, channels = len(fingerprint.shapes[0]), fingerprint.channels
     given = {"patch": options.patch, "spacing": options.spacing, "size": options.size}
     wrong = {name: value for name, value in given.items() if isinstance(value, tuple) and len(value) != dims}
     problems = [f"data.volume.{name} is {list(value)}: give {dims} numbers" for name, value in wrong.items()]
+    windows = None if options.windows == "auto" else len(options.windows)
+    if windows not in (None, channels) and fingerprint.units != "levels":  # grey and coloured images go together
+        problems.append(f"data.volume.windows: {windows} for {channels} channels; give each channel its window")
     if isinstance(options.spacing, tuple) and isinstance(options.size, tuple):
         problems.append("data.volume.spacing and data.volume.size exclude each other: leave one out")
     if problems:

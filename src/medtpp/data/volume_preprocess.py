@@ -1,7 +1,9 @@
 """From a scan to what the network sees: axes to RAS, content cropped, intensities in [0, 1], one spacing, padded.
 
 Intensities are cut off and spread over [0, 1] rather than brought to mean 0 and deviation 1, as nnU-Net does, because
-backbones expect [0, 1] and normalise by themselves. The two differ by a linear map.
+backbones expect [0, 1] and normalise by themselves. The two differ by a linear map, and by what is cut off: of MRI
+nnU-Net cuts off nothing, so that a few bright vessels or artefacts may lie ten deviations away, where no network that
+was pre-trained on images has seen a value.
 """
 
 from __future__ import annotations
@@ -161,17 +163,25 @@ def scale(values: NDArray[np.float32], window: Window, air: float | None) -> NDA
     Args:
         values: Of any shape.
         window: What becomes 0 and 1.
-        air: What counts as content, for percentiles; see `VolumePreprocessing.air`.
+        air: What counts as content, for percentiles and zscore; see `VolumePreprocessing.air`.
     """
-    low, high = window.low, window.high
-    if window.kind == "percentiles":
-        content = values[values > (values.min() if air is None else air)]
-        low, high = np.percentile(content if content.size else values, (low, high)).tolist()
-        if not low < high:  # nearly all of the content has one value
-            low, high = float(values.min()), float(values.max())
+    low, high = (window.low, window.high) if window.kind == "fixed" else _content_range(values, window, air)
     values -= np.float32(low)
     values /= np.float32(high - low) if low < high else np.float32(1)
     return values.clip(0, 1, out=values)
+
+
+def _content_range(values: NDArray[np.float32], window: Window, air: float | None) -> tuple[float, float]:
+    """What becomes 0 and 1 in this scan: the whole range where (nearly) all of its content has one value."""
+    content = values[values > (values.min() if air is None else air)]
+    content = content if content.size else values
+    if window.kind == "percentiles":
+        low, high = np.percentile(content, (window.low, window.high)).tolist()
+    else:
+        # In float64: a sum of ten million voxels in float32 loses digits.
+        mean, deviation = float(content.mean(dtype=np.float64)), float(content.std(dtype=np.float64))
+        low, high = mean + window.low * deviation, mean + window.high * deviation
+    return (low, high) if low < high else (float(values.min()), float(values.max()))
 
 
 def quantise(array: NDArray[np.float16]) -> NDArray[np.uint8]:

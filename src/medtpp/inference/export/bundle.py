@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from medtpp.adapter import Adapter
+from medtpp.config import Window
 from medtpp.data.preprocess import Preprocessing
 from medtpp.data.volume_preprocess import LEVELS, VolumePreprocessing
 from medtpp.files import atomic, write_json, write_text
@@ -184,15 +185,22 @@ def _intensities(preprocessing: VolumePreprocessing) -> Config:
         return _range(window.low, window.high)
     above = "c.min()" if preprocessing.air is None else repr(preprocessing.air)
     content = f"(c[c > {above}] if (c > {above}).any() else c)"
-    bounds = [
-        f"lambda c: ({one.low}, {one.high})"
-        if one.kind == "fixed"
-        else f"lambda c: np.percentile({content}.cpu().numpy(), ({one.low}, {one.high})).tolist()"
-        for one in preprocessing.windows
-    ]
+    bounds = ", ".join(_bounds(one, content) for one in preprocessing.windows)
     scaled = "((c - low) / ((high - low) or 1)).clip(0, 1)"
-    each = f"{scaled} for c, bounds in zip(x, [{', '.join(bounds)}]) for low, high in [bounds(c)]"
-    return {"_target_": "Lambdad", "keys": "image", "func": f"$lambda x: torch.stack([{each}])"}
+    each = f"{scaled} for c, bounds in zip(x, [{bounds}]) for low, high in [bounds(c)]"
+    # Content of one value has no range of its own: the whole scan's.
+    ranges = "for low, high in [(low, high) if low < high else (c.min().item(), c.max().item())]"
+    return {"_target_": "Lambdad", "keys": "image", "func": f"$lambda x: torch.stack([{each} {ranges}])"}
+
+
+def _bounds(window: Window, content: str) -> str:
+    """What becomes 0 and 1 of a channel `c`, whose content is an expression."""
+    if window.kind == "fixed":
+        return f"lambda c: ({window.low}, {window.high})"
+    if window.kind == "percentiles":
+        return f"lambda c: np.percentile({content}.cpu().numpy(), ({window.low}, {window.high})).tolist()"
+    ends = [f"v.mean().item() + ({end}) * v.std(correction=0).item()" for end in (window.low, window.high)]
+    return f"lambda c: [({', '.join(ends)}) for v in [{content}.double()]][0]"
 
 
 def _segmentation(adapter: Adapter, batch: bool) -> Config:

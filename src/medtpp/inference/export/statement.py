@@ -131,7 +131,12 @@ def _window(window: Window, preprocessing: VolumePreprocessing) -> str:
     if window.kind == "fixed":
         return f"{window.low:g} to {window.high:g} become 0 to 1"
     content = "the least one" if preprocessing.air is None else f"{preprocessing.air:g}"
-    return f"the {window.low:g} and {window.high:g} percentiles of the values above {content} become 0 and 1"
+    if window.kind == "percentiles":
+        return f"the {window.low:g} and {window.high:g} percentiles of the values above {content} become 0 and 1"
+    return (
+        f"the mean of the values above {content}, {window.low:+g} and {window.high:+g} times their standard deviation, "
+        "becomes 0 and 1"
+    )
 
 
 def _after(adapter: Adapter) -> list[str]:
