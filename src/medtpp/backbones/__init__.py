@@ -47,6 +47,9 @@ __all__ = [
 ]
 
 
+_HUB = ("hf-hub:", "hf_hub:")
+
+
 def load(
     name: str | BackboneOptions, *, weights: str = "pretrained", image_size: int | tuple[int, ...] | None = None
 ) -> Backbone:
@@ -67,7 +70,7 @@ def load(
         lengths = {len(sides) for sides in (options.patch_size, image_size) if isinstance(sides, tuple)}
         dims = (3 if 3 in lengths else 2) if lengths else own_dims(options.name)
         options = options.model_copy(update={"dims": dims})
-    if options.revision and options.weights != "pretrained" and not options.name.startswith(("hf-hub:", "hf_hub:")):
+    if options.revision and options.weights != "pretrained" and not options.name.startswith(_HUB):
         raise ConfigError(f"backbone.revision chooses weights of the hub, but backbone.weights is {options.weights}.")
     for family in BACKBONES.values():
         if family.recognises(options.name):
@@ -82,6 +85,15 @@ def load(
         f"No backbone is called {options.name!r}, and it is no folder with a backbone.json. "
         f"Known are, for example: {', '.join(near or examples)}. See `medtpp list backbones`."
     )
+
+
+def untrained(options: BackboneOptions) -> BackboneOptions:
+    """The same network with random weights, the same on every load.
+
+    Where a file of weights decides how large the network is, random ones may make another: compare the shapes.
+    """
+    known = options.name.startswith(_HUB)  # a revision there is of the network's description, too
+    return options.model_copy(update={"weights": "random", **({} if known else {"revision": None})})
 
 
 def own_dims(name: str) -> int:

@@ -69,7 +69,7 @@ def compare(
     sites: Annotated[bool, typer.Option("--sites", help="A comparison with each site left out for testing.")] = False,
     arm: Annotated[
         str | None,
-        typer.Option(help="More arms: longer (equal time), linear, full.", show_default=False),
+        typer.Option(help="More arms: longer (equal time), linear, full, scratch (untrained).", show_default=False),
     ] = None,
     metric: Annotated[
         str | None,

@@ -30,7 +30,7 @@ class Axes:
         pretexts: Names of the pretext tasks of TPP and its controls; () for the experiment's own.
         inits: Of "standard", "tpp", its controls "tpp_labelled", "tpp_foreign" and "random_direction", and LoRA's other
             starts "pissa", "olora", "eva" and "lora_ga".
-        extras: Further arms: "longer" for each tuner, "linear" and "full" once.
+        extras: Further arms: "longer" for each tuner, "linear", "full" and "scratch" once.
         labels: How many labelled cases in all, validation included; () for what the experiment says.
         seeds: How many seeds, from the experiment's on.
         metric: On the test cases; "auto" is "dice" for segmentation and "auc" for classification.
@@ -157,7 +157,8 @@ class Axes:
             for pretext in (pretexts if init in PRIMED else [""])
         ]
         references = [Arm(name, "standard") for name in REFERENCES if name in self.extras]
-        return tuple(dict.fromkeys([*own, *references]))
+        scratch = [Arm("full", "scratch")] if "scratch" in self.extras else []
+        return tuple(dict.fromkeys([*own, *references, *scratch]))
 
     def cells(self, experiment: Experiment) -> Iterator[Cell]:
         """All cells, seed by seed, so that a comparison that is stopped has whole pairs."""

@@ -13,7 +13,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from medtpp import backbones
-from medtpp.config import Experiment
+from medtpp.config import BackboneOptions, Experiment
 from medtpp.data.holdout import Holdout
 from medtpp.errors import ConfigError, OutputError
 from medtpp.files import prepare_folder, read_json, write_json
@@ -24,7 +24,7 @@ from medtpp.training.tpp import make_pretext, require_pair, resolve_pretext
 from medtpp.workflow.cluster import ClusterOptions
 from medtpp.workflow.compare.axes import Axes
 from medtpp.workflow.compare.comparison import Budget, Comparison, Machine
-from medtpp.workflow.compare.plan import Cell, Labels, base_experiment, cell_experiment, refuse_together, settled
+from medtpp.workflow.compare.plan import Arm, Cell, Labels, base_experiment, cell_experiment, refuse_together, settled
 from medtpp.workflow.prepare import Prepared, PreparedData, arrange, foreign_pool, prepare
 from medtpp.workflow.run import content, keep_run, read_run
 from medtpp.workflow.steps import refuse_folder
@@ -122,7 +122,8 @@ def read_comparison(
     base = _with_pretexts(base_experiment(experiment, axes), axes)
     arms = axes.arms(base)
     with_tpp = sorted((arm for arm in arms if arm.init == "tpp"), key=lambda arm: arm.pretext)  # its own task first
-    first = next(iter(with_tpp), arms[0])
+    # Not "scratch": what is prepared is of the backbone that all others share.
+    first = next(iter(with_tpp), arms[0] if arms[0].init != "scratch" else Arm(arms[0].tuner, "standard"))
     whole = cell_experiment(base, Cell(first, "all", base.seed))
     if dry_run or out is None:
         split_file = out / "split.csv" if out and kept else None
@@ -184,11 +185,13 @@ def _plan(
     """The comparison on data that were prepared.
 
     Raises:
-        MedtppError: A cell is not possible, a control sees what TPP sees in all its cells, or the metric is of another
-            task.
+        MedtppError: A cell is not possible, a control sees what TPP sees in all its cells, the metric is of another
+            task, or random weights make another network.
     """
     axes = axes.measured(masks=bool(prepared.dataset.structures))
     base = settled(base, prepared.experiment)
+    if "scratch" in axes.extras:
+        _require_same_network(base.backbone, prepared.preprocessing.patch)
     tpp: dict[str, int] = {}
     finetune: dict[Labels, int] = {}
     batch: dict[Labels, int] = {}
@@ -211,6 +214,19 @@ def _plan(
             "--labels, give more images with --unlabelled, or leave tpp_labelled out of --init."
         )
     return comparison
+
+
+def _require_same_network(options: BackboneOptions, size: tuple[int, ...]) -> None:
+    """Refuse the arm "scratch" where the weights decide how large the network is: random ones then tell nothing."""
+    shapes = [
+        {name: value.shape for name, value in backbones.load(each, image_size=size).encoder.state_dict().items()}
+        for each in (options, backbones.untrained(options))
+    ]
+    if shapes[0] != shapes[1]:
+        raise ConfigError(
+            f"The weights of {options.name} decide how large the network is, and with random ones it is another. "
+            "Leave scratch out of --arm, or give the backbone a name that says its size."
+        )
 
 
 def share_machine(

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from medtpp.backbones import untrained
 from medtpp.config import PRETEXTS, TUNERS, AutoPretext, Experiment, LoggingOptions
 from medtpp.errors import ConfigError
 
@@ -13,9 +14,19 @@ if TYPE_CHECKING:
     from medtpp.workflow.compare.axes import Axes
 
 Init = Literal[
-    "standard", "tpp", "tpp_labelled", "tpp_foreign", "random_direction", "pissa", "olora", "eva", "lora_ga", "longer"
+    "standard",
+    "tpp",
+    "tpp_labelled",
+    "tpp_foreign",
+    "random_direction",
+    "pissa",
+    "olora",
+    "eva",
+    "lora_ga",
+    "longer",
+    "scratch",
 ]
-Extra = Literal["longer", "linear", "full"]
+Extra = Literal["longer", "linear", "full", "scratch"]
 Labels = int | Literal["all"]
 STARTS = ("pissa", "olora", "eva", "lora_ga")  # LoRA's other starts, as `tuner.start` names them
 CONTROLS = ("tpp_labelled", "tpp_foreign", "random_direction")  # what may be behind a difference that TPP makes
@@ -32,7 +43,8 @@ class Arm:
         init: "standard" is the tuner's own start, "tpp" starts from Target Parameter Pre-training, "longer" starts like
             "standard" and fine-tunes for as long as "tpp" takes with its pretext stage. Controls for "tpp" are
             "tpp_labelled", TPP on the labelled training images alone, "tpp_foreign", TPP on images of another source,
-            and "random_direction", as far from the tuner's own start as TPP ends. The others are LoRA's own.
+            and "random_direction", as far from the tuner's own start as TPP ends. "scratch" trains the backbone from
+            random weights, with the tuner "full". The others are LoRA's own.
         pretext: Name of the pretext task of TPP and its controls; "" is the experiment's own.
     """
 
@@ -42,7 +54,9 @@ class Arm:
 
     @property
     def name(self) -> str:
-        """For tables: "lora tpp", "lora tpp simmim"; the references are "linear" and "full"."""
+        """For tables: "lora tpp", "lora tpp simmim"; the references are "linear" and "full", and "scratch"."""
+        if self.init == "scratch":
+            return self.init
         return self.tuner if self.is_reference else " ".join(self._parts)
 
     @property
@@ -159,6 +173,11 @@ def base_experiment(experiment: Experiment, axes: Axes) -> Experiment:
             "hardware.devices is for single runs: a comparison gives each cell one device, and does several cells at "
             "once (--jobs). Use --set hardware.devices=1."
         )
+    if "scratch" in axes.extras and experiment.backbone.weights == "random":
+        problems.append(
+            "backbone.weights is random, so that the arm full is trained from scratch already. Use --arm full, or name "
+            "the weights that scratch is to be compared with."
+        )
     for arm in axes.arms(experiment):
         if arm.init in PRIMED and not TUNERS.get(arm.tuner).has_targets:
             problems.append(
@@ -213,7 +232,7 @@ def cell_experiment(
     """The experiment of one cell.
 
     Options and learning rates that the user gave belong to the user's tuner; other tuners have their own. So do options
-    of the pretext task.
+    of the pretext task. "scratch" is trained as "full" is, so that the two differ by the backbone's weights alone.
 
     Args:
         base: From `base_experiment`; options of training are as written by the user.
@@ -232,6 +251,8 @@ def cell_experiment(
         pretext, finetune = pretext.model_copy(update=own), finetune.model_copy(update=own)
     if cell.arm.pretext:
         update["pretext"] = PRETEXTS.get(cell.arm.pretext).Options()
+    if cell.arm.init == "scratch":
+        update["backbone"] = untrained(base.backbone)
     if cell.arm.init in STARTS:
         update["tuner"] = tuner.model_copy(update={"start": cell.arm.init})
     if steps is not None:

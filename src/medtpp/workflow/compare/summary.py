@@ -44,6 +44,7 @@ _DESCRIPTIONS = {
     "olora": "{} started from a QR decomposition of the weights (OLoRA), then fine-tuning",
     "lora_ga": "{} started from the main directions of the task's first gradients (LoRA-GA), then fine-tuning",
     "eva": "{} started from the main directions of the training images' features (EVA), then fine-tuning",
+    "scratch": "all weights of the backbone trained from random ones",
 }
 _FULL = "all weights of the backbone fine-tuned"
 
@@ -200,7 +201,7 @@ def _differences(
     """TPP against other starts of its tuner, its controls and the references: for each kind a family of tests."""
     axes, found = comparison.axes, []
     measure = Measure(axes.metric, title, unit, axes.margin or 0.0)
-    for kind in ("standard", "longer", *STARTS, *REFERENCES, *CONTROLS):
+    for kind in ("standard", "longer", *STARTS, *REFERENCES, "scratch", *CONTROLS):
         pairs = [
             (arm, baseline, labels, difference(scores[arm, labels], scores[baseline, labels]))
             for arm in comparison.arms
@@ -234,6 +235,8 @@ def _differences(
 def _is_baseline(comparison: Comparison, baseline: Arm, kind: str, arm: Arm) -> bool:
     if kind in REFERENCES:
         return baseline.is_reference and baseline.tuner == kind != arm.tuner
+    if kind == "scratch":  # one for all tuners
+        return baseline.init == kind
     if kind in CONTROLS and baseline.pretext != arm.pretext:
         return False
     if kind == "longer" and arm.pretext != comparison.pretexts[0]:  # it takes as long as TPP by that one

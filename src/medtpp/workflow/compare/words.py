@@ -16,6 +16,7 @@ BASELINES = {
     "lora_ga": "a start by LoRA-GA",
     "linear": "frozen features",
     "full": "full fine-tuning",
+    "scratch": "training from scratch",
     "tpp_labelled": "TPP on the labelled images alone",
     "tpp_foreign": "TPP on foreign images",
     "random_direction": "a step as large in a random direction",

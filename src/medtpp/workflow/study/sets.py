@@ -149,6 +149,8 @@ def pairs_of(finished: Iterable[Finished]) -> list[Pair]:
 
 
 def _kind(arm: ArmFile, baseline: ArmFile) -> str:
+    if baseline.init == "scratch":
+        return baseline.init
     is_reference = baseline.tuner in REFERENCES and baseline.tuner != arm.tuner
     return baseline.tuner if is_reference else baseline.init
 
