@@ -1,5 +1,7 @@
 """Segmentation from folders of scans to scores, in two and three dimensions: one path for both."""
 
+import pickle
+
 import numpy as np
 import pytest
 import SimpleITK
@@ -13,6 +15,7 @@ from medtpp import backbones, tuners
 from medtpp.adapter import load_adapter, read_card
 from medtpp.config import Window
 from medtpp.data.case import Structure
+from medtpp.data.volume_scan import VolumeScan
 from medtpp.errors import ConfigError, DataError, LeakageError
 from medtpp.evaluation import read_segmentations
 from medtpp.files import MARKER, read_json
@@ -50,6 +53,16 @@ def test_the_task_and_the_structures_are_found(made):
     assert prepared.experiment.backbone.patch_size == (VOLUME_PATCH if volumes else None)
     assert prepared.preprocessing.size == (None if volumes else (64, 64))
     assert (prepared.preprocessing.spacing is not None) == volumes
+
+
+def test_what_the_plan_was_made_from_is_not_kept(made):
+    """Ten thousand voxels of each scan would lie in the memory of every process that trains."""
+    _, prepared, *_ = made
+    scanned = [record for record in prepared.records.values() if isinstance(record, VolumeScan)]
+    assert len(scanned) == len(prepared.dataset.cases)
+    assert not any(scan.samples.size for scan in scanned)
+    assert all(scan.fingerprint and scan.shape for scan in scanned)
+    assert len(pickle.dumps(prepared)) < 40_000 * len(scanned)
 
 
 def test_an_experiment_prepared_again_from_what_it_resolved_is_the_same(made):

@@ -13,7 +13,7 @@ import math
 import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -57,6 +57,10 @@ class Reader:
     fingerprint: Callable[[Volume], str]
 
 
+def _no_samples() -> NDArray[np.float32]:
+    return np.empty((0, 0), np.float32)
+
+
 @dataclass(frozen=True)
 class VolumeScan:
     """What reading one case told; axes are in RAS order, as preprocessing turns them.
@@ -93,8 +97,12 @@ class VolumeScan:
     labelled: bool = False
     outside: bool = False
     turned: bool = False
-    samples: NDArray[np.float32] = field(default_factory=lambda: np.empty((0, 0), np.float32), repr=False)
+    samples: NDArray[np.float32] = field(default_factory=_no_samples, repr=False)
     error: str | None = None
+
+    def without_samples(self) -> VolumeScan:
+        """The same without what planning alone needs: 40 kB for each channel, in every process of a comparison."""
+        return replace(self, samples=_no_samples())
 
 
 def scan_volumes(

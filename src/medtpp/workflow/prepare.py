@@ -144,6 +144,7 @@ def prepare(
         used = [case for case in every if case.id in wanted_ids]
         train = [case for case in used if whole.get(case.id) == "train"] or used
         stored = store_volumes(experiment, dataset, scans, train, used, progress)
+        records = {name: found.without_samples() for name, found in scans.items()}
     backbone = backbones.load(stored.experiment.backbone, image_size=stored.preprocessing.patch)
     data = PreparedData(
         dataset=dataset,
