@@ -3,6 +3,8 @@
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,16 +18,18 @@ from medtpp.backbones.base import PLAIN_VIT
 from medtpp.backbones.folder import seen_by
 from medtpp.config import TUNERS, AugmentOptions
 from medtpp.data.augment import Augmenter
+from medtpp.data.store import VolumeStore
+from medtpp.data.volume_preprocess import LEVELS, VolumePreprocessing
 from medtpp.errors import ConfigError, WeightsError
 from medtpp.evaluation import read_predictions
 from medtpp.files import MARKER, read_json
 from medtpp.seeds import Seeds
-from medtpp.training import loop
+from medtpp.training import loop, validation
 from medtpp.training.finetune import run_finetune
 from medtpp.training.loop import Group
 from medtpp.training.pretrain import run_pretrain
 from medtpp.training.resume import RESUME
-from medtpp.training.stage import PretextModule, warm_up_heads
+from medtpp.training.stage import PretextModule, StageData, warm_up_heads
 from medtpp.training.tpp import make_pretext, resolve_tpp, run_tpp
 
 
@@ -221,10 +225,50 @@ def test_an_adapter_with_other_patches_is_not_started_from(phantoms, tpp, tmp_pa
     assert raised.value.problems == ["backbone.patch_size: None in the adapter, 8 in the experiment"]
 
 
-def test_last_weights_are_kept_where_they_are_asked_for(phantoms, tmp_path):
-    result = run_finetune(stages.finetune_inputs(phantoms, finetune={"keep": "last"}), tmp_path)
-    assert result.record.best is None
-    assert all("validation" not in row for row in result.record.rows)
+def test_last_weights_are_kept_where_they_are_asked_for(phantoms, tmp_path, monkeypatch):
+    """Scores of validation cases are logged, choose nothing, and change no bit of what is trained."""
+    monkeypatch.setattr(validation, "SHARE", 5.0)  # six steps are too few to be scored, and so are these cases
+    monkeypatch.setattr(validation, "FEWEST", 2)
+    inputs = stages.finetune_inputs(phantoms, finetune={"keep": "last"})
+    scored = run_finetune(inputs, tmp_path / "scored")
+    assert scored.record.best is None
+    assert [row["step"] for row in scored.record.rows if "validation" in row] == [3, 6]
+    assert "validation" in (tmp_path / "scored" / "log.csv").read_text()
+    monkeypatch.undo()
+    unscored = run_finetune(inputs, tmp_path / "unscored")
+    assert all("validation" not in row for row in unscored.record.rows)
+    for name in ("adapter_model.safetensors", "head.safetensors"):
+        first, second = ((tmp_path / kept / "adapter" / name).read_bytes() for kept in ("scored", "unscored"))
+        assert first == second
+    assert [row["loss"] for row in scored.record.rows] == [row["loss"] for row in unscored.record.rows]
+
+
+def test_scores_that_choose_nothing_take_a_share_of_the_training():
+    data = StageData(SimpleNamespace(), tuple(SimpleNamespace(id=str(number)) for number in range(400)))
+    few = replace(data, cases=data.cases[:22])
+    plan = validation.plan_scores(few, steps=200, batch_size=32, every=10, masks=False)
+    assert plan.data.cases == few.cases
+    assert plan.every == 14  # 14 scores of 22 cases in 6,400
+    plan = validation.plan_scores(data, steps=2000, batch_size=32, every=100, masks=False)
+    assert (len(plan.data), plan.every) == (validation.MOST, 160)
+    assert [plan.data.cases[place].id for place in (0, -1)] == ["0", "399"]
+    assert validation.plan_scores(few, steps=200, batch_size=32, every=50, masks=False).every == 50
+    assert len(validation.plan_scores(data, steps=600, batch_size=16, every=30, masks=True).data) == 24
+    five = replace(data, cases=data.cases[:5])
+    assert validation.plan_scores(five, steps=600, batch_size=16, every=30, masks=False) is None
+    assert validation.plan_scores(five, steps=600, batch_size=16, every=30, masks=True) is not None
+    assert validation.plan_scores(replace(data, cases=()), steps=600, batch_size=16, every=30, masks=True) is None
+
+
+def test_large_scans_are_not_scored_where_that_would_take_long():
+    records = tuple(SimpleNamespace(shape=(1, 8, 16, 16 * (1 + number % 3))) for number in range(8))
+    store = VolumeStore(Path(), VolumePreprocessing(patch=(8, 16, 16), windows=(LEVELS,)), (), records)
+    store.__dict__["row"] = {str(number): number for number in range(8)}
+    data = StageData(store, tuple(SimpleNamespace(id=str(number)) for number in range(8)))
+    whole = validation.plan_scores(data, steps=1600, batch_size=2, every=60, masks=True)
+    assert (len(whole.data), whole.every) == (8, 150)  # 15 patches each time
+    assert len(validation.plan_scores(data, steps=1000, batch_size=2, every=60, masks=True).data) == 5
+    assert validation.plan_scores(data, steps=600, batch_size=2, every=60, masks=True) is None
 
 
 def test_a_pretrained_backbone_loads_from_its_folder(phantoms, pretrained):

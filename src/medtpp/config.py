@@ -278,7 +278,9 @@ class FinetuneOptions(StageOptions):
         description="steps in which the head trains alone first, on features as they are (arXiv 2202.10054)",
     )
     keep: Literal["best", "last"] = Field("best", description="which weights: best on validation, or of the last step")
-    validate_every: Count | Auto = Field("auto", description="steps between validations")
+    validate_every: Count | Auto = Field(
+        "auto", description="steps between validations; at least, with keep: last, where they are logged alone if cheap"
+    )
 
 
 class HardwareOptions(Options):

@@ -42,7 +42,7 @@ from medtpp.training.stage import (
     warm_up_heads,
     with_penalty,
 )
-from medtpp.training.validation import ClassificationValidation, SegmentationValidation, Validation
+from medtpp.training.validation import ClassificationValidation, SegmentationValidation, Validation, plan_scores
 from medtpp.tuners.base import check_keys
 
 TOKENS = 6_272  # in a batch of a classification: 32 images of 14 x 14 patches
@@ -188,16 +188,22 @@ def _train(fabric: Fabric, inputs: FinetuneInputs, folder: Path) -> StageResult:
         stream = train.stream(batch_size, seeds.child("head-warmup"), fabric)
         spent = warm_up_heads(fabric, module, heads, targets, stream, options.head_warmup)
     validation = _validation(inputs, tuned, task, fabric)
+    choose, every = options.keep == "best", number(options.validate_every)
+    scored: Validation | None = validation
+    if not choose:
+        plan = plan_scores(inputs.val, steps=number(options.steps), batch_size=batch_size, every=every, masks=masks)
+        scored, every = (replace(validation, data=plan.data), plan.every) if plan else (None, 0)
     record = fit(
         fabric,
         module,
         [*heads, *targets],
         train.stream(batch_size, seeds.child("finetune"), fabric),
-        schedule_of(options, number(options.validate_every)),
+        schedule_of(options, every),
         folder=folder,
         title="fine-tuning",
         hooks=Hooks(tuned.after_step, tuned.after_step_buffers),
-        validate=validation.score if options.keep == "best" else None,
+        validate=scored.score if scored else None,
+        choose=choose,
         spent=spent,
     )
     result = StageResult(number(options.steps), batch_size, rate, record, parameters=count_parameters(tuned, head=task))

@@ -110,6 +110,7 @@ def fit(
     hooks: Hooks | None = None,
     validate: Callable[[], float] | None = None,
     score_name: str = "validation",
+    choose: bool = True,
     spent: float = 0.0,
 ) -> Record:
     """Train the parameters of `groups`.
@@ -123,8 +124,9 @@ def fit(
         folder: For `log.csv` and the resume file; nothing is written without. A resume file found there is taken up.
         title: For the progress display.
         hooks: What the method needs beside.
-        validate: Gives a score, higher is better; the parameters of the best score are kept in the end.
+        validate: Gives a score, higher is better. It may draw from no random stream.
         score_name: Of the score, in the log.
+        choose: The parameters of the best score are kept in the end; else scores are logged, and the last ones kept.
         spent: Seconds that a warm-up took; they count.
 
     Raises:
@@ -182,7 +184,8 @@ def fit(
                 row = (row or {"step": done, "loss": _finite(fabric, loss, done), **recent.figures()}) | {
                     score_name: score
                 }
-                state.keep_best(score, done, record)
+                if choose:
+                    state.keep_best(score, done, record)
                 ends = 0 < schedule.patience <= record.without_gain(score_name, done)
             if row is not None:
                 record.rows.append(row)
