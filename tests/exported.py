@@ -34,9 +34,8 @@ KINDS = {
 
 def tuned(tuner, variant, preprocessing):
     dims = len(preprocessing.patch)
-    options = BackboneOptions(
-        name=str(matrix.backbone_folder(variant)), dims=dims, patch_size=(4, 8, 8) if dims == 3 else None
-    )
+    volumes = {"patch_size": (4, 8, 8), "channels": len(preprocessing.windows)} if dims == 3 else {}
+    options = BackboneOptions(name=str(matrix.backbone_folder(variant)), dims=dims, **volumes)
     backbone = tuners.attach(backbones.load(options, image_size=preprocessing.patch), tuner, seed=0)
     matrix.perturb(backbone)
     return backbone

@@ -1,6 +1,8 @@
 """Exports to MONAI bundles: MONAI alone gives what medtpp gives, on images and on the grids of scans."""
 
 import json
+import re
+from dataclasses import replace
 
 import nibabel
 import numpy as np
@@ -155,6 +157,30 @@ class TestBundle:
         logits = over_patches(array, SCANS.patch, network(one.backbone, one.task, device=torch.device("cpu")))
         expected = one.task.probabilities(logits[None])[0]
         assert [float(value) for value in row.split(",")[1:]] == pytest.approx(expected.tolist(), abs=1e-3)
+
+    def test_channels_in_files_of_their_own_are_given_as_lists(self, tmp_path):
+        """What docs/export.md and the bundle's README say of them: one by one they are refused by the network."""
+        preprocessing = SCANS.model_copy(update={"windows": (PERCENTILES, ZSCORE)})
+        one = adapter(preprocessing, json.dumps(KINDS["masks in 3D"][1]))
+        folder = tmp_path / "scans"
+        folder.mkdir()
+        for channel in range(2):
+            write_scan(folder / f"a_{channel:04d}.nii.gz", seed=channel)
+        alone = bundle_of(one, tmp_path / "alone", dataset_dir=str(folder))
+        with pytest.raises(RuntimeError) as refused:
+            alone.get_parsed_content("run")
+        assert "to have 2 channels, but got 1 channels" in str(refused.value.__cause__)
+        said = (tmp_path / "alone" / "docs" / "README.md").read_text()
+        lists = re.search(r'--data "(.*)"', said)[1]
+        together = bundle_of(
+            one, tmp_path / "out", dataset_dir=str(folder), pattern="*_0000.nii.gz", data=lists.replace("\\$", "$")
+        )
+        together.get_parsed_content("run")
+        assert len(list((tmp_path / "out" / "eval").glob("*.nii.gz"))) == 1
+        item = together.get_parsed_content("dataset")[0]["image"]
+        scans = [read_nifti(path) for path in sorted(folder.iterdir())]
+        ours, _ = preprocessing.apply(replace(scans[0], array=np.concatenate([scan.array for scan in scans])))
+        np.testing.assert_allclose(item.numpy(), ours, atol=1e-3)  # float16
 
     def test_a_network_that_cannot_be_traced_becomes_a_program(self, tmp_path, monkeypatch):
         def fails(*arguments, **options):

@@ -1,11 +1,13 @@
 """The experiment files of the paper's data sets: each loads, and agrees with its recipe and the protocol."""
 
+import re
 from pathlib import Path
 
 import pytest
 
 from medtpp.config import RECIPES
-from medtpp.workflow.experiment import load_experiment
+from medtpp.workflow.experiment import load_experiment, read_yaml
+from medtpp.workflow.study import make_axes
 from runs import done
 
 FOLDER = Path(__file__).parents[1] / "configs" / "paper"
@@ -42,6 +44,15 @@ def test_a_file_loads_and_says_what_the_protocol_says(name):
     assert experiment.tuner.name == "lora"
     if isinstance(size, tuple):
         assert experiment.backbone.patch_size == (16, 16, 16)
+
+
+@pytest.mark.parametrize("name", PROTOCOL)
+def test_a_comparison_measures_what_the_protocol_reports(name):
+    """The files tell its metrics in a comment; the study of all says which one of them it takes."""
+    reported = re.search(r"Reported there:([^.]*)\.", (FOLDER / f"{name}.yaml").read_text().replace("\n#", ""))[1]
+    axes = make_axes({"metric": read_yaml(FOLDER / "all.yaml")["metric"]})
+    metric = axes.measured(masks=RECIPES.get(name).kind == "segmentation").metric
+    assert metric in reported.lower()
 
 
 def test_the_study_of_them_is_planned_without_their_data(tmp_path, monkeypatch):

@@ -311,5 +311,22 @@ def _readme(adapter: Adapter) -> str:
             f"reads the files in SCANS that `pattern` matches and {written}. `preprocessing.json` states in words what",
             "the configuration does. Research use; not a medical device.",
             "",
+            *_channels(adapter.card.preprocessing),
         ]
     )
+
+
+def _channels(preprocessing: Preprocessing | VolumePreprocessing) -> list[str]:
+    """How scans of several channels are given; nothing for others."""
+    count = channels_of(preprocessing)
+    if _photographs(preprocessing) or count == 1:
+        return []
+    lists = f"[{{'image': [p.replace('_0000.', f'_{{c:04d}}.') for c in range({count})]}} "
+    lists += "for p in sorted(glob.glob(os.path.join(@dataset_dir, @pattern)))]"
+    return [
+        f"A scan has {count} channels, in the order of training: in one file of four axes, or each in a file, called",
+        "as by nnU-Net (`a_0000.nii.gz`, `a_0001.nii.gz`, ...). Files of one channel are given together, by adding",
+        "",
+        f'    --pattern "*_0000.nii.gz" --data "\\${lists}"',
+        "",
+    ]
