@@ -1,12 +1,16 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 from sklearn.metrics import roc_auc_score
 
 from medtpp.errors import ConfigError, DataError
+from medtpp.evaluation.across import average
 from medtpp.evaluation.bootstrap import Bootstrap, Estimate, draw_weights
-from medtpp.evaluation.paired import Difference, Run, Scores, difference, holm, judge, resample
+from medtpp.evaluation.paired import Difference, Run, Scores, difference, holm, judge, resample, widen
 from prediction_tables import binary, halves
 
 BOOTSTRAP = Bootstrap(resamples=400, level=0.95, seed=3, unit="patient")
@@ -86,21 +90,73 @@ def test_patients_are_drawn_whole():
     assert apart.resampled.std() < 0.85 * single.resampled.std()
 
 
+def scored(cases, resamples=400):
+    """Scores of (S, n) values of cases, and those of an arm that has zero everywhere."""
+    seeds, patients = cases.shape
+    bootstrap = Bootstrap(resamples, 0.95, 0, "case")
+    weights = np.concatenate(list(draw_weights(np.arange(patients), resamples, 0)))
+    shares = weights / weights.sum(axis=1, keepdims=True)
+    nothing = Scores(tuple(range(seeds)), np.zeros(seeds), np.zeros((seeds, resamples)), bootstrap)
+    return replace(nothing, values=cases.mean(axis=1), resampled=cases @ shares.T), nothing
+
+
 def test_the_interval_covers_the_truth():
     """Of a difference that has a patient, a seed and a residual part, in simulated comparisons."""
     rng = np.random.default_rng(1)
     patients, seeds, truth, trials, covered = 40, 10, 0.3, 300, 0
-    bootstrap = Bootstrap(400, 0.95, 0, "case")
-    weights = np.concatenate(list(draw_weights(np.arange(patients), 400, 0)))
-    shares = weights / weights.sum(axis=1, keepdims=True)
-    nothing = Scores(tuple(range(seeds)), np.zeros(seeds), np.zeros((seeds, 400)), bootstrap)
     for _ in range(trials):
         noise = rng.normal(size=patients) + 0.3 * rng.normal(size=(seeds, 1)) + rng.normal(size=(seeds, patients))
-        cases = truth + noise
-        scores = Scores(tuple(range(seeds)), cases.mean(axis=1), cases @ shares.T, bootstrap)
-        estimate = difference(scores, nothing).estimate
+        estimate = difference(*scored(truth + noise)).estimate
         covered += estimate.low <= truth <= estimate.high
     assert 0.9 <= covered / trials <= 0.995
+
+
+@pytest.mark.parametrize("seeds", [5, 10])
+def test_intervals_hold_where_seeds_are_what_scatters(seeds):
+    """Means and differences, at 95% and 90%, and the p-value: the crossed bootstrap alone covers 84% and 91%."""
+    rng, trials = np.random.default_rng(seeds), 600
+    covered = dict.fromkeys(("mean", "wide", "narrow", "p"), 0)
+    for _ in range(trials):
+        noise = rng.normal(size=(seeds, 1)) + 0.1 * rng.normal(size=(seeds, 30))
+        ours, nothing = scored(noise)
+        gap = difference(ours, nothing)
+        for name, estimate in {"mean": ours.mean(), "wide": gap.estimate, "narrow": gap.narrow}.items():
+            covered[name] += estimate.low <= 0 <= estimate.high
+        covered["p"] += gap.p >= 0.05
+    for name, level in {"mean": 0.95, "wide": 0.95, "narrow": 0.9, "p": 0.95}.items():
+        assert covered[name] / trials == pytest.approx(level, abs=0.025), name
+
+
+@pytest.mark.parametrize("scatter", [0.0, 0.3, 3.0])
+@pytest.mark.parametrize("seeds", [2, 5, 10])
+def test_no_interval_is_narrower_than_students_t_over_the_seeds(seeds, scatter):
+    rng = np.random.default_rng([seeds, 1])
+    ours, nothing = scored(0.4 + rng.normal(size=(seeds, 1)) + scatter * rng.normal(size=(seeds, 30)))
+    gap, test = difference(ours, nothing), stats.ttest_1samp(ours.values, 0.0)
+    plain = replace(ours, values=np.zeros(seeds)).draws  # of the bootstrap, as it is without a scatter of values
+    for found, level in ((gap.estimate, 0.95), (gap.narrow, 0.9), (ours.mean(), 0.95)):
+        t, drawn = test.confidence_interval(level), np.quantile(plain, [(1 - level) / 2, (1 + level) / 2])
+        assert (found.low, found.high) == pytest.approx((min(t.low, drawn[0]), max(t.high, drawn[1])), rel=0.01)
+        assert found.low <= t.low + 1e-12
+        assert found.high >= t.high - 1e-12
+    assert gap.p >= test.pvalue
+    # The draws tell the same to whatever is made from them: here the mean over the one part of a data set.
+    again = average([(7, gap)], 0.95)
+    assert (again.estimate, again.narrow, again.p) == (gap.estimate, gap.narrow, gap.p)
+
+
+def test_draws_are_only_moved_outwards():
+    draws = np.array([0.3, np.nan, -0.4, 0.1, 0.2, np.nan, -0.1])
+    wide = widen(draws, np.array([-2.0, 0.0, 2.0]))
+    assert np.array_equal(np.isnan(wide), np.isnan(draws))
+    assert np.array_equal(np.argsort(wide), np.argsort(draws))
+    assert wide[2] < -0.4 < 0.3 < wide[0]
+    for same in (np.array([1.0]), np.array([0.5, 0.5, 0.5]), np.array([0.1, np.nan, 0.3])):
+        np.testing.assert_array_equal(widen(draws, same), draws)
+    np.testing.assert_array_equal(widen(np.full(3, np.nan), np.array([0.1, 0.2])), np.full(3, np.nan))
+    far = np.linspace(-1, 1, 2001)  # patients scatter far more than seeds do
+    kept = widen(far, np.array([-0.01, 0.0, 0.01, 0.0, 0.0]))
+    np.testing.assert_array_equal(kept[:900], far[:900])
 
 
 def test_few_seeds_say_nothing():

@@ -220,8 +220,8 @@ def notes_of(sets: Sequence[SetFile], levels: Sequence[LevelFile], pooled: Seque
     few = [one.name for one in sets if one.seeds < FEWEST_SEEDS]
     if few:
         notes.append(
-            f"Fewer than {FEWEST_SEEDS} seeds on {', '.join(few)}: how seeds scatter is hardly known there, and "
-            "intervals for these data sets are too narrow."
+            f"Fewer than {FEWEST_SEEDS} seeds on {', '.join(few)}: how seeds scatter is hardly known there, and not at "
+            "all from one seed, whose interval is one over patients."
         )
     gaps = {(one.arm, one.level): one.left_out for one in pooled if one.kind == "standard" and one.left_out}
     for (arm, level), names in gaps.items():
