@@ -111,7 +111,7 @@ class PooledFile(FileModel):
 
     Attributes:
         these: Interval with the data sets held fixed.
-        like_these: With the data sets drawn, too; None below 3.
+        like_these: With the data sets as a sample of others; None below 3.
         p, p_holm: Of the scope; adjusted over arms and levels of the kind.
         wilcoxon, wilcoxon_holm: Over the data sets; None below 6.
         helps, hurts, equivalent: On how many sets, after Holm over the sets.

@@ -214,8 +214,8 @@ def notes_of(sets: Sequence[SetFile], levels: Sequence[LevelFile], pooled: Seque
     fewest = [one for one in pooled if one.scope == "these"]
     if fewest:
         notes.append(
-            f"Fewer than {FEWEST_JUDGED} data sets: what is said holds for these and says little of others. The wider "
-            "interval shows how little."
+            f"Fewer than {FEWEST_JUDGED} data sets: what is said holds for these and says little of others. The "
+            "interval for sets like these shows how little."
         )
     few = [one.name for one in sets if one.seeds < FEWEST_SEEDS]
     if few:
