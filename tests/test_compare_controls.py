@@ -111,6 +111,28 @@ def test_each_control_has_its_question_and_its_family():
     assert not any("would be TPP itself" in note for note in summary["notes"])  # nothing was left out
 
 
+def test_longer_fine_tuning_takes_the_steps_that_tpp_would_have_taken(tmp_path):
+    """A cell is trained for as many steps as the times in the folder imply, on the labels and batches of the others."""
+    folder = tmp_path / "copy"
+    shutil.copytree(compared()[0], folder)
+    (key,) = measured = read_json(folder / "timing.json")
+    known = measured[key] | {"tpp_step": 0.2, "tpp_rest": 0.7, "finetune_step": 0.1}
+    write_json(folder / "timing.json", {key: known})
+    said = done(*command(("standard", "tpp")), "--arm", "longer", "--out", folder, "--resume")
+    stages = {init: folder / f"cells/lora-{init}/12/seed0/finetune" for init in ("standard", "tpp", "longer")}
+    steps = {init: read_json(stage / "complete.json")["steps"] for init, stage in stages.items()}
+    assert steps == {"standard": 2, "tpp": 2, "longer": 2 + 13}  # 3 steps of TPP at 0.2 s and 0.7 s beside them
+    with (stages["longer"] / "log.csv").open() as stream:
+        assert [int(row["step"]) for row in csv.DictReader(stream)] == list(range(1, 16))
+    cards = [read_card(stage / "adapter") for stage in stages.values()]
+    assert cards[0].trained_on == cards[2].trained_on
+    assert cards[2].tpp is None
+    pairs = {row["baseline"]: row for row in read_json(folder / "comparison.json")["differences"]}
+    assert list(pairs) == ["lora standard", "lora longer"]
+    assert pairs["lora longer"]["value"] is not None
+    assert pairs["lora longer"]["sentence"] in said.text
+
+
 def test_controls_see_their_own_images_alone():
     folder, split = controlled()[0], split_of(controlled()[0])
     held_out, trained = pixels_of(split["test"] | split["val"]), pixels_of(split["train"])
