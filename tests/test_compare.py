@@ -313,6 +313,14 @@ def test_an_undefined_metric_is_told(tmp_path):
     assert "undefined" in write_report(copy).read_text()
 
 
+def test_more_tests_take_more_draws(tmp_path):
+    tuners = ("lora", "ssf", "bitfit", "dora", "vera", "ia3", "hra", "boft", "oft", "vpt_deep", "adaptformer")
+    axes = Axes(tuners=tuners, labels=(12, "all"), seeds=2)
+    opened = open_comparison(experiment("data.modality=xray"), axes, None, dry_run=True)
+    assert summarise(opened, tmp_path).resamples == 100 * 2 * len(tuners)  # of which none is there, yet
+    assert read_json(compared()[0] / "comparison.json")["resamples"] == 2000
+
+
 def test_longer_takes_as_long_as_tpp():
     timing = Timing(tpp_step=0.2, finetune_step=0.5, tpp_rest=2.0, cell_rest=1.0, memory_mib=100)
     axes = Axes(tuners=("lora",), extras=("longer",), labels=("all",), seeds=3)

@@ -10,7 +10,7 @@ from sklearn.metrics import roc_auc_score
 from medtpp.errors import ConfigError, DataError
 from medtpp.evaluation.across import average
 from medtpp.evaluation.bootstrap import Bootstrap, Estimate, draw_weights
-from medtpp.evaluation.paired import Difference, Run, Scores, difference, holm, judge, resample, widen
+from medtpp.evaluation.paired import Difference, Run, Scores, difference, holm, judge, resample, resamples_for, widen
 from prediction_tables import binary, halves
 
 BOOTSTRAP = Bootstrap(resamples=400, level=0.95, seed=3, unit="patient")
@@ -199,6 +199,14 @@ def test_holm_by_hand():
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([0.5, None, 0.9]) == [1.0, None, 1.0]
     assert holm([]) == []
+
+
+@pytest.mark.parametrize("tests", [1, 20, 21, 60, 200, 500])
+def test_a_family_can_come_out_however_many_tests_it_has(tests):
+    least = 2 / (resamples_for(tests) + 1)
+    assert holm([least] * tests)[0] < 0.05
+    assert resamples_for(tests) == 2000 or tests > 20
+    assert resamples_for(10**6) == resamples_for(500)  # memory and time
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=12))

@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 
 from medtpp.errors import DataError
+from medtpp.evaluation.paired import holm
 from medtpp.files import read_json, write_json
 from medtpp.report.schema_study import AcrossFile
 from medtpp.workflow.study.across import summarise_study
@@ -61,6 +62,29 @@ def test_known_gains_come_out():
     assert "Taken alone, TPP helps on 6, hurts on 0 of them." in lowest.sentence
     assert found.answer.endswith("Mean gains: +4.0 points. Measured on 6 data sets.")
     assert AcrossFile.model_validate(read_json(root / "across.json")) == found
+
+
+def test_single_sets_are_adjusted_for_all_that_was_looked_at(tmp_path):
+    """Over arms, label counts and sets of a kind of baseline; and there are draws enough for all of these."""
+    tuners = ("lora", "ssf", "bitfit", "dora", "vera", "ia3", "hra", "boft", "oft")
+    many = {"tuners": tuners, "labels": (20, 30, "all"), "seeds": 5, "cases": 4, "extras": ("linear",)}
+    gains = rising((0.03, 0.001, 0.06), scatter=0.003)
+    sets = [part(write_part(tmp_path / name, gains, **many)) for name in "ab"]
+    found = summarise_study(sets, tmp_path)
+    for kind in ("standard", "linear"):
+        family = [one for one in found.gains if one.kind == kind]
+        assert len(family) == 9 * 3 * 2
+        assert [one.p_holm for one in family] == pytest.approx(holm([one.p for one in family]))
+    standard = [one for one in found.gains if one.kind == "standard"]
+    assert min(one.p for one in standard) < 1 / 2000
+    assert {one.verdict for one in standard if one.level == "all"} >= {"helps"}
+    for one in found.pooled:
+        mine = [each.verdict for each in found.gains if (each.arm, each.baseline, each.level) == one_of(one)]
+        assert (one.helps, one.hurts, one.equivalent) == tuple(map(mine.count, ("helps", "hurts", "equivalent")))
+
+
+def one_of(pooled):
+    return pooled.arm, pooled.baseline, pooled.level
 
 
 def test_the_tables_are_tidy():

@@ -86,7 +86,7 @@ class GainFile(MetricFile):
 
     Attributes:
         kind: Of baseline: "standard", "longer", another start, a control, or a reference.
-        p, p_holm: Adjusted over the data sets.
+        p, p_holm: Adjusted over arms, levels and data sets of the kind.
         half_width: Of the interval.
         detectable: The true difference that would be seen in four of five repetitions.
     """
@@ -114,7 +114,7 @@ class PooledFile(FileModel):
         like_these: With the data sets as a sample of others; None below 3.
         p, p_holm: Of the scope; adjusted over arms and levels of the kind.
         wilcoxon, wilcoxon_holm: Over the data sets; None below 6.
-        helps, hurts, equivalent: On how many sets, after Holm over the sets.
+        helps, hurts, equivalent: On how many sets; the verdicts of `GainFile`.
         scope: What the verdict is about: other data sets, or these alone where they are fewer than 6.
         margin: The smallest of the sets'.
         left_out: Data sets on which there is no such difference.

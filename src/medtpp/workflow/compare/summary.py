@@ -20,6 +20,7 @@ from medtpp.evaluation.paired import (
     holm,
     judge,
     resample,
+    resamples_for,
 )
 from medtpp.evaluation.predictions import read_predictions
 from medtpp.evaluation.segmentation import TITLES
@@ -31,7 +32,6 @@ from medtpp.workflow.compare.comparison import Comparison, log_file
 from medtpp.workflow.compare.plan import CONTROLS, PRIMED, REFERENCES, STARTS, Arm, Cell, Labels
 from medtpp.workflow.compare.words import QUESTIONS, Measure, sentence
 
-RESAMPLES = 2000
 LEVEL = 0.95
 _DESCRIPTIONS = {
     "standard": "{} from its own start, then fine-tuning",
@@ -56,8 +56,9 @@ def summarise(comparison: Comparison, out: Path) -> ComparisonFile:
     test = comparison.prepared.cases("test")
     patients = {case.patient or f"case {case.id}" for case in test}
     axes, seeds = comparison.axes, sorted({cell.seed for cell in comparison.cells})
+    families = _families(comparison)
     bootstrap = Bootstrap(
-        RESAMPLES,
+        resamples_for(max(map(len, families.values()))),
         LEVEL,
         Seeds(comparison.base.seed).number("bootstrap"),
         "patient" if any(case.patient for case in test) else "case",
@@ -83,7 +84,7 @@ def summarise(comparison: Comparison, out: Path) -> ComparisonFile:
         n_cases=len(test),
         n_patients=len(patients),
         unit=bootstrap.unit,
-        resamples=RESAMPLES,
+        resamples=bootstrap.resamples,
         seeds=seeds,
         labels=list(counts),
         label_counts=counts,
@@ -92,7 +93,7 @@ def summarise(comparison: Comparison, out: Path) -> ComparisonFile:
             _mean(arm, str(labels), scores.get((arm, str(labels))), rows)
             for arm, labels in dict.fromkeys((cell.arm, cell.labels) for cell in comparison.cells)
         ],
-        differences=_differences(comparison, scores, title, unit),
+        differences=_differences(families, scores, Measure(axes.metric, title, unit, margin)),
         tpp=_pretext(comparison, out),
         failed=_failed(comparison, out),
         notes=notes_of(comparison, list(scores.values())),
@@ -195,19 +196,29 @@ def _mean(arm: Arm, labels: str, scores: Scores | None, rows: list[dict[str, Any
     )
 
 
-def _differences(
-    comparison: Comparison, scores: dict[tuple[Arm, str], Scores], title: str, unit: str
-) -> list[DifferenceFile]:
-    """TPP against other starts of its tuner, its controls and the references: for each kind a family of tests."""
-    axes, found = comparison.axes, []
-    measure = Measure(axes.metric, title, unit, axes.margin or 0.0)
-    for kind in ("standard", "longer", *STARTS, *REFERENCES, "scratch", *CONTROLS):
-        pairs = [
-            (arm, baseline, labels, difference(scores[arm, labels], scores[baseline, labels]))
+def _families(comparison: Comparison) -> dict[str, list[tuple[Arm, Arm, str]]]:
+    """TPP against other starts of its tuner, its controls and the references, at each label count, by kind."""
+    return {
+        kind: [
+            (arm, baseline, labels)
             for arm in comparison.arms
             for baseline in comparison.arms
             for labels in map(str, comparison.labels)
             if arm.init == "tpp" and _is_baseline(comparison, baseline, kind, arm)
+        ]
+        for kind in ("standard", "longer", *STARTS, *REFERENCES, "scratch", *CONTROLS)
+    }
+
+
+def _differences(
+    families: dict[str, list[tuple[Arm, Arm, str]]], scores: dict[tuple[Arm, str], Scores], measure: Measure
+) -> list[DifferenceFile]:
+    """Those of the pairs that have seeds in common; each kind of baseline is a family of tests."""
+    found = []
+    for kind, planned in families.items():
+        pairs = [
+            (arm, baseline, labels, difference(scores[arm, labels], scores[baseline, labels]))
+            for arm, baseline, labels in planned
             if _share_seeds(scores.get((arm, labels)), scores.get((baseline, labels)))
         ]
         for (arm, baseline, labels, gap), p_holm in zip(pairs, holm([pair[3].p for pair in pairs]), strict=True):

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from medtpp.errors import DataError, MedtppError
+from medtpp.evaluation.paired import resamples_for
 from medtpp.evaluation.ranks import FEWEST_ARMS, FEWEST_SETS, rank_arms
 from medtpp.files import atomic, write_json
 from medtpp.report.schema import ArmFile
@@ -20,7 +21,7 @@ from medtpp.workflow.study.finished import Finished, read_finished
 from medtpp.workflow.study.gains import find_gains, gain_files, metric_of, pooled_files
 from medtpp.workflow.study.parts import StudyPart
 from medtpp.workflow.study.reach import reach_of
-from medtpp.workflow.study.sets import DataSet, data_sets, pairs_of
+from medtpp.workflow.study.sets import DataSet, data_sets, largest_family, pairs_of
 from medtpp.workflow.study.words import answer, notes_of, ranks_sentence
 
 _TABLES = ("parts", "sets", "scores", "gains", "pooled", "equal", "reach")
@@ -46,7 +47,8 @@ def summarise_study(parts: Sequence[StudyPart], out: Path) -> AcrossFile:
     _refuse_mixed(sets)
     pairs = pairs_of(finished)
     gains = find_gains(sets, pairs, levels)
-    pooled = pooled_files(gains, sets)
+    single = gain_files(gains)
+    pooled = pooled_files(gains, sets, single)
     main = [pair for pair in pairs if pair.kind == "standard"]
     arms = list({arm.name: arm for one in finished for arm in one.file.arms}.values())
     described = [one.describe() for one in sets]
@@ -60,7 +62,7 @@ def summarise_study(parts: Sequence[StudyPart], out: Path) -> AcrossFile:
         levels=levels,
         arms=arms,
         scores=scores,
-        gains=[gain for one in gains for gain in gain_files(one)],
+        gains=single,
         pooled=pooled,
         ranks=[_ranks(sets, level.name, scores) for level in levels],
         equal=[equal for pair in main for one in sets for equal in equal_of(one, pair)],
@@ -75,14 +77,15 @@ def summarise_study(parts: Sequence[StudyPart], out: Path) -> AcrossFile:
     return across
 
 
-def _read(parts: Iterable[StudyPart], out: Path) -> tuple[list[Finished], list[PartFile]]:
+def _read(parts: Sequence[StudyPart], out: Path) -> tuple[list[Finished], list[PartFile]]:
     finished: list[Finished] = []
     told: list[PartFile] = []
+    resamples = resamples_for(largest_family(parts))
     for part in parts:
         named: dict[str, Any] = {name: getattr(part, name) for name in ("dataset", "backbone", "fold", "site")}
         named["folder"] = _way(part.folder, out)
         try:
-            one = read_finished(part)
+            one = read_finished(part, resamples)
         except MedtppError as error:
             there = (part.folder / "comparison.json").is_file()
             named["status"] = "broken" if there else "missing"

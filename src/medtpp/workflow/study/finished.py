@@ -27,7 +27,7 @@ class Finished:
         part: Which.
         file: comparison.json.
         cells: cells.csv.
-        scores: By arm and labels; the draws are those of the comparison's own intervals.
+        scores: By arm and labels; they begin with the draws of the comparison's own intervals.
         number: Of what it was tested on: the same for backbones that share test cases and seeds, which so stay paired.
     """
 
@@ -63,8 +63,12 @@ class Finished:
         )
 
 
-def read_finished(part: StudyPart) -> Finished:
+def read_finished(part: StudyPart, resamples: int) -> Finished:
     """Read a comparison, as far as its cells are done.
+
+    Args:
+        part: Which.
+        resamples: How many draws the study takes; no fewer than the comparison took.
 
     Raises:
         DataError: It has not come to its end, or a file is missing or broken.
@@ -76,7 +80,7 @@ def read_finished(part: StudyPart) -> Finished:
     file = read_model(folder / "comparison.json", ComparisonFile)
     cells = read_table(folder / "cells.csv", ("arm", "labels", "seed", "status", "folder"), _NUMBERS)
     root = read_experiment(folder / "experiment.yaml").values.get("seed", 0)
-    bootstrap = Bootstrap(file.resamples, file.level, Seeds(root).number("bootstrap"), file.unit)
+    bootstrap = Bootstrap(max(file.resamples, resamples), file.level, Seeds(root).number("bootstrap"), file.unit)
     runs: dict[tuple[str, str], dict[int, Scorable]] = {}
     for row in cells[cells.status == "done"].to_dict("records"):
         result = read_result(cell_folder(folder, row["folder"]))

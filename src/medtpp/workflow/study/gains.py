@@ -57,36 +57,45 @@ def find_gains(sets: Sequence[DataSet], pairs: Iterable[Pair], levels: Sequence[
     return found
 
 
-def gain_files(gains: Gains) -> list[GainFile]:
-    """Set by set; p-values are adjusted over the sets."""
+def gain_files(every: Sequence[Gains]) -> list[GainFile]:
+    """Set by set; p-values are adjusted over arms, levels and sets of a kind of baseline."""
     told = []
-    for gap, p_holm in zip(gains.gaps, holm([gap.gain.p for gap in gains.gaps]), strict=True):
-        half = half_width(gap.gain.estimate)
-        told.append(
-            GainFile(
-                dataset=gap.one.name,
-                level=gains.level.name,
-                arm=gains.pair.arm,
-                baseline=gains.pair.baseline,
-                kind=gains.pair.kind,
-                unit=gap.one.unit,
-                parts=gap.parts,
-                seeds=len(gap.gain.by_seed),
-                **vars(metric_of(gap.gain.estimate)),
-                p=gap.gain.p,
-                p_holm=p_holm,
-                verdict=judge(gap.gain, p_holm, metric="", margin=gap.one.margin),
-                half_width=half,
-                detectable=None if half is None else detectable(half, gap.one.coverage),
-            )
-        )
+    for kind in dict.fromkeys(gains.pair.kind for gains in every):
+        family = [(gains, gap) for gains in every if gains.pair.kind == kind for gap in gains.gaps]
+        p_values = holm([gap.gain.p for _, gap in family])
+        told += [_gain(gains, gap, p_holm) for (gains, gap), p_holm in zip(family, p_values, strict=True)]
     return told
 
 
-def pooled_files(every: Sequence[Gains], sets: Sequence[DataSet]) -> list[PooledFile]:
+def _gain(gains: Gains, gap: Gap, p_holm: float | None) -> GainFile:
+    half = half_width(gap.gain.estimate)
+    return GainFile(
+        dataset=gap.one.name,
+        level=gains.level.name,
+        arm=gains.pair.arm,
+        baseline=gains.pair.baseline,
+        kind=gains.pair.kind,
+        unit=gap.one.unit,
+        parts=gap.parts,
+        seeds=len(gap.gain.by_seed),
+        **vars(metric_of(gap.gain.estimate)),
+        p=gap.gain.p,
+        p_holm=p_holm,
+        verdict=judge(gap.gain, p_holm, metric="", margin=gap.one.margin),
+        half_width=half,
+        detectable=None if half is None else detectable(half, gap.one.coverage),
+    )
+
+
+def pooled_files(every: Sequence[Gains], sets: Sequence[DataSet], single: Sequence[GainFile]) -> list[PooledFile]:
     """Means over the sets of each unit; p-values are adjusted over arms, levels and units of a kind of baseline.
 
     A single set of a unit has no mean, unless it is the study's only one.
+
+    Args:
+        every: The gains.
+        sets: Of the study.
+        single: The same gains from `gain_files`, whose verdicts are counted.
     """
     told = []
     least = min(2, len(sets))
@@ -98,12 +107,17 @@ def pooled_files(every: Sequence[Gains], sets: Sequence[DataSet]) -> list[Pooled
         p_values = holm([_judged(one)[0].p for one in pooled])
         signed_rank = holm([one.wilcoxon for one in pooled])
         for part, one, p_holm, wilcoxon_holm in zip(family, pooled, p_values, signed_rank, strict=True):
-            told.append(_pooled(part, one, p_holm, wilcoxon_holm, sets))
+            told.append(_pooled(part, one, p_holm, wilcoxon_holm, sets, single))
     return told
 
 
 def _pooled(
-    gains: Gains, pooled: Pooled, p_holm: float | None, wilcoxon_holm: float | None, sets: Sequence[DataSet]
+    gains: Gains,
+    pooled: Pooled,
+    p_holm: float | None,
+    wilcoxon_holm: float | None,
+    sets: Sequence[DataSet],
+    single: Sequence[GainFile],
 ) -> PooledFile:
     pair, unit = gains.pair, gains.gaps[0].one.unit
     spread, scope = _judged(pooled)
@@ -112,7 +126,8 @@ def _pooled(
     verdict = decide(spread.estimate, spread.narrow, p_holm, margin=margin)
     if scope == "these" and any(len(gap.gain.by_seed) < FEWEST_SEEDS for gap in gains.gaps):
         verdict = "too few seeds"
-    single = Counter[Verdict](one.verdict for one in gain_files(gains))
+    mine = (pair.arm, pair.baseline, gains.level.name, unit)
+    alone = Counter[Verdict](one.verdict for one in single if (one.arm, one.baseline, one.level, one.unit) == mine)
     there = {gap.one.name for gap in gains.gaps}
     return PooledFile(
         level=gains.level.name,
@@ -127,13 +142,13 @@ def _pooled(
         p_holm=p_holm,
         wilcoxon=pooled.wilcoxon,
         wilcoxon_holm=wilcoxon_holm,
-        helps=single["helps"],
-        hurts=single["hurts"],
-        equivalent=single["equivalent"],
+        helps=alone["helps"],
+        hurts=alone["hurts"],
+        equivalent=alone["equivalent"],
         scope=scope,
         margin=margin,
         verdict=verdict,
-        sentence=pooled_sentence(pair, where, pooled, verdict, scope, p_holm, single, measure_of(unit, margin)),
+        sentence=pooled_sentence(pair, where, pooled, verdict, scope, p_holm, alone, measure_of(unit, margin)),
         left_out=[one.name for one in sets if one.unit == unit and one.name not in there],
     )
 

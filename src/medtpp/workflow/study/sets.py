@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
 
+from medtpp.errors import DataError
 from medtpp.evaluation.across import average
 from medtpp.evaluation.paired import LOWER_IS_BETTER, Difference
-from medtpp.report.schema import ArmFile
+from medtpp.report.read import read_model
+from medtpp.report.schema import ArmFile, ComparisonFile
 from medtpp.report.schema_study import LevelFile, SetFile, Unit
 from medtpp.workflow.compare.plan import REFERENCES
 from medtpp.workflow.study.finished import Finished
+from medtpp.workflow.study.parts import StudyPart
 from medtpp.workflow.study.words import Pair, level_title, rank_name
 
 ALL = "all"
@@ -146,6 +151,19 @@ def pairs_of(finished: Iterable[Finished]) -> list[Pair]:
             arm, baseline = arms[gap.arm], arms[gap.baseline]
             found[Pair(gap.arm, gap.baseline, _kind(arm, baseline), arm.tuner)] = None
     return sorted(found, key=lambda pair: pair.kind != "standard")
+
+
+def largest_family(parts: Iterable[StudyPart]) -> int:
+    """The most tests of one kind of baseline over all data sets, arms and label counts, as far as files can be read."""
+    found: defaultdict[str, set[tuple[str, ...]]] = defaultdict(set)
+    for part in parts:
+        with suppress(DataError):  # told where the whole comparison is read
+            file = read_model(part.folder / "comparison.json", ComparisonFile)
+            arms = {arm.name: arm for arm in file.arms}
+            for gap in file.differences:
+                test = (part.dataset, gap.arm, gap.baseline, gap.labels)
+                found[_kind(arms[gap.arm], arms[gap.baseline])].add(test)
+    return max(map(len, found.values()), default=0)
 
 
 def _kind(arm: ArmFile, baseline: ArmFile) -> str:

@@ -86,7 +86,7 @@ def pooled_sentence(
         verdict: What may be said.
         scope: Of which data sets.
         p_holm: Of the scope, adjusted.
-        single: Verdicts on the single sets, after Holm over them, with their numbers.
+        single: Verdicts on the single sets, with their numbers.
         measure: How gains are told.
     """
     against, estimate, sets = BASELINES.get(pair.kind, pair.kind), pooled.these.estimate, pooled.sets
