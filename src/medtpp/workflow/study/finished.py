@@ -79,7 +79,8 @@ def read_finished(part: StudyPart, resamples: int) -> Finished:
         raise DataError(f"The comparison {folder.name} is {what}.")
     file = read_model(folder / "comparison.json", ComparisonFile)
     cells = read_table(folder / "cells.csv", ("arm", "labels", "seed", "status", "folder"), _NUMBERS)
-    root = read_experiment(folder / "experiment.yaml").values.get("seed", 0)
+    # A plain int: ruamel's own kind of 0 has another name, which draws by name would tell apart.
+    root = int(read_experiment(folder / "experiment.yaml").values.get("seed", 0))
     bootstrap = Bootstrap(max(file.resamples, resamples), file.level, Seeds(root).number("bootstrap"), file.unit)
     runs: dict[tuple[str, str], dict[int, Scorable]] = {}
     for row in cells[cells.status == "done"].to_dict("records"):
