@@ -85,10 +85,11 @@ def arms_table(folder: Path) -> str:
 
 
 def segmentation_table(folder: Path) -> str:
-    """A row for the mean of all structures, then one for each."""
+    """A row for the mean of all structures, then one for each; a single one has the mean's."""
     found = _read(folder / "evaluation.json")
     lines = [f"| | Dice | HD95, {found['unit']} | NSD at {found['tolerance']:g} {found['unit']} |", "|---|---|---|---|"]
-    for name, its in {"mean": found, **found["structures"]}.items():
+    structures = found["structures"]
+    for name, its in ({"mean": found, **structures} if len(structures) > 1 else structures).items():
         values = [_value(its["metrics"][metric]) for metric in ("dice", "hd95", "nsd")]
         lines.append(f"| {name} | {' | '.join(values)} |")
     return "\n".join([*lines, "", f"{found['n_cases']} cases, 95% intervals over them."])
