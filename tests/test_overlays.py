@@ -92,6 +92,20 @@ def test_both_outlines_are_seen_where_they_agree():
     assert len(set(grey.tolist())) == 1
 
 
+def test_a_stain_keeps_its_colour_and_its_place():
+    where = plain_geometry((40, 60))
+    stained = np.ones((40, 60, 3), np.float32)
+    stained[:, :20] = 0.9, 0.2, 0.6
+    nothing = np.zeros((40, 60), np.uint8)
+    (picture,) = draw_overlay(stained, nothing, nothing, where, TWO)
+    (grey,) = draw_overlay(stained[..., 1], nothing, nothing, where, TWO)
+    assert picture.pixels.shape == grey.pixels.shape == (200, 300, 3)
+    pink = (picture.pixels[..., 0].astype(int) - picture.pixels[..., 1]) > 100
+    assert pink[:, :90].all()
+    assert not pink[:, 110:].any()
+    assert (grey.pixels[:, :90] < 60).all()
+
+
 @pytest.mark.parametrize("dims", [2, 3])
 @pytest.mark.parametrize(("there", "predicted"), [(False, True), (True, False), (False, False)])
 def test_empty_masks(dims, there, predicted):

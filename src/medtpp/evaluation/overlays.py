@@ -97,7 +97,7 @@ def draw_overlay(
     What is shown is the neighbourhood of all that is there or was predicted.
 
     Args:
-        image: (*spatial), from 0 (black) to 1 (white).
+        image: (*spatial), from 0 (black) to 1 (white), or (*spatial, 3) in colour.
         true: (*spatial), as `label_mask` numbers structures.
         predicted: (*spatial), likewise.
         geometry: Of the scan.
@@ -107,7 +107,10 @@ def draw_overlay(
     from medtpp.data.restore import axes_to_ras, reorder
 
     order, flipped = axes_to_ras(geometry)
-    image, true, predicted = (reorder(array, order, flipped) for array in (image, true, predicted))
+    channels = np.moveaxis(image, -1, 0) if image.ndim > geometry.dims else image[None]
+    channels = np.stack([reorder(channel, order, flipped) for channel in channels], axis=-1)
+    image = channels if image.ndim > geometry.dims else channels[..., 0]
+    true, predicted = (reorder(array, order, flipped) for array in (true, predicted))
     steps = tuple(geometry.spacing[axis] for axis in order)
     box = _neighbourhood((true > 0) | (predicted > 0), steps)
     if geometry.dims == 2:
@@ -202,12 +205,12 @@ def _along_axes(mask: NDArray[np.bool_]) -> Iterator[NDArray[np.int64]]:
 def _paint(
     image: NDArray[Any], true: Labels, predicted: Labels, steps: Sequence[float], split: Split, sides: str = ""
 ) -> NDArray[np.uint8]:
-    """(h, w, 3): a grey slice in its true proportions, with outlines, and letters for what lies at its sides."""
+    """(h, w, 3): a slice, grey or in colour, in its true proportions, with outlines, and letters at its sides."""
     from matplotlib.figure import Figure
     from matplotlib.patheffects import withStroke
     from PIL import Image
 
-    extent = [size * step for size, step in zip(image.shape, steps, strict=True)]
+    extent = [size * step for size, step in zip(true.shape, steps, strict=True)]
     height, width = (max(_SMALLEST, round(SIDE * length / max(extent))) for length in extent)
     levels = Image.fromarray((np.clip(image, 0, 1) * _BRIGHTEST).astype(np.uint8))
     figure = Figure(figsize=((width + 0.5) / 100, (height + 0.5) / 100), dpi=100)  # cut to whole pixels

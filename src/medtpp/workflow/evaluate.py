@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from medtpp.adapter import Adapter
 from medtpp.data.cache import ImageCache
 from medtpp.data.case import Case
-from medtpp.data.decode import luma
 from medtpp.data.geometry import Volume
 from medtpp.data.restore import Restore
 from medtpp.data.store import VolumeStore
@@ -127,7 +126,7 @@ def segmented(
         def draw(row: int) -> list[Picture]:
             predicted, true = _masks(prepared, store, window, cases[row])  # once more: to keep all takes much memory
             volume = READER.volume(cases[row])
-            return draw_overlay(_grey(volume, store.preprocessing), true, predicted, volume.geometry, split)
+            return draw_overlay(_shown(volume, store.preprocessing), true, predicted, volume.geometry, split)
 
         chosen: dict[Kind, int] = choose_cases(table)
         write_overlays(folder / "overlays", table, ((kind, row, draw(row)) for kind, row in chosen.items()))
@@ -161,9 +160,11 @@ def _masks(
     return predicted, label_mask(READER.mask(case.mask, restore.geometry), prepared.dataset.structures)
 
 
-def _grey(volume: Volume, preprocessing: VolumePreprocessing) -> NDArray[np.float32]:
-    """(*spatial) in [0, 1]: the first channel as the network's window shows it; the brightness of colours."""
-    array: NDArray[Any] = volume.array[0]
-    if volume.units == "levels" and len(volume.array) == 3:
-        array = luma(np.moveaxis(volume.array, 0, -1))
+def _shown(volume: Volume, preprocessing: VolumePreprocessing) -> NDArray[np.float32]:
+    """The first channel (*spatial) in [0, 1], as the network's window shows it; of photographs the colours, too.
+
+    Colours are (*spatial, 3), and all in one window, so that they keep their hue.
+    """
+    coloured = volume.units == "levels" and len(volume.array) == 3
+    array: NDArray[Any] = np.moveaxis(volume.array, 0, -1) if coloured else volume.array[0]
     return scale(array.astype(np.float32), preprocessing.windows[0], preprocessing.air)
