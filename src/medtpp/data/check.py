@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from medtpp.data.case import SPLITS, Case, Dataset, ImageRecord, Problem, Record
 from medtpp.data.check_volumes import Spread, VolumeSummary, describe_volumes, scans_of, spread, volume_problems
 from medtpp.data.giveaways import FEW_CASES, giveaways
-from medtpp.data.problems import count, error, exclude_option, first_few, warning
+from medtpp.data.problems import agree, count, error, exclude_option, first_few, warning
 from medtpp.data.volume_scan import VolumeScan
 from medtpp.errors import DataError
 
@@ -135,7 +135,7 @@ def _classes(dataset: Dataset, labelled: Sequence[Case]) -> list[Problem]:
     patterns = {case.labels for case in labelled}
     if len(patterns) < 2 and not any(case.mask for case in dataset.cases):
         only = first_few(dataset.classes) or "no finding"
-        which = "The only labelled case is" if len(labelled) == 1 else f"All {len(labelled)} labelled cases are"
+        which = agree(labelled, "The only labelled case is", f"All {len(labelled)} labelled cases are")
         text = f"{which} of one class ({only}). At least two are needed."
         problems.append(error("one-class", text))
     few = {name: count for name, count in _class_counts(dataset, labelled).items() if count < FEW_CASES}

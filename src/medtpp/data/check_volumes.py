@@ -220,7 +220,7 @@ def _turned(scans: Mapping[Case, VolumeScan]) -> list[Problem]:
     text = (
         f"{count(turned, 'image')} with another EXIF orientation than the mask: {first_few(turned)}. Images are turned "
         "upright as their EXIF says; whether a mask was drawn on that view or on the pixels as they are stored cannot "
-        f"be seen, since both have one size. Lay the masks over the images; save images and masks upright, without "
+        "be seen, since both have one size. Lay the masks over the images; save images and masks upright, without "
         f"an orientation, or leave them out: {exclude_option(turned)}."
     )
     return [warning("turned-image", text, turned)]
