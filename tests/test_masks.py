@@ -236,10 +236,25 @@ def test_modalities_are_channels_from_training_to_prediction(tmp_path):
     assert sorted(done.done) == [f"p{number}.nii.gz" for number in range(6)]
 
 
-def test_volumes_are_classified_by_patches(tmp_path):
+def labelled_volumes(tmp_path):
+    """Ten volumes with a class and without masks."""
     folder = scans.write_volumes(tmp_path / "scans", cases=10)
     lines = ["image,label,patient", *(f"images/p{n}.nii.gz,{'even' if n % 2 == 0 else 'odd'},q{n}" for n in range(10))]
     (folder / "manifest.csv").write_text("\n".join(lines))
+    return folder
+
+
+def test_volumes_are_not_rescaled_for_classification_unless_they_are_made_one_size(tmp_path):
+    """The size of a finding in millimetres may tell its class."""
+    folder = labelled_volumes(tmp_path)
+    augment = prepare(scans.experiment(folder)).experiment.data.augment
+    assert (augment.crop_min, augment.scaling, augment.rotation) == (1, 0, 30)
+    resized = prepare(scans.experiment(folder, "data.volume.size=[8, 16, 16]")).experiment.data.augment
+    assert (resized.crop_min, resized.rotation) == (0.5, 0)
+
+
+def test_volumes_are_classified_by_patches(tmp_path):
+    folder = labelled_volumes(tmp_path)
     prepared = prepare(scans.experiment(folder, "data.volume.patch=[8, 16, 16]"))
     assert prepared.experiment.task.name == "classification"
     adapter = finetune_stage(prepared, tmp_path / "finetune", QUIET)

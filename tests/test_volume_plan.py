@@ -103,6 +103,17 @@ def test_the_crop_must_pay_and_lose_nothing():
     assert not fit_preprocessing(fingerprint(contents=((39, 49, 58),) * 3), (10, 10, 10)).crop
 
 
+def test_a_patch_for_classification_holds_nearly_all_scans_and_one_for_segmentation_the_median():
+    shapes = ((8, 40, 40),) * 15 + ((30, 60, 40),) * 4 + ((90, 200, 200),)
+    found = fingerprint(shapes, ((1.0, 1.0, 1.0),) * 20)
+    assert fit_preprocessing(found, (4, 8, 8)).patch == (8, 40, 40)
+    whole = fit_preprocessing(found, (4, 8, 8), whole=True)
+    assert whole.patch == (32, 64, 40)  # 19 of 20 fit
+    assert math.prod(fit_preprocessing(found, (4, 8, 8), whole=True, voxels=1 << 14).patch) <= 1 << 14
+    said = VolumeOptions(size=(16, 32, 32))
+    assert fit_preprocessing(found, (4, 8, 8), said, whole=True).patch == (16, 32, 32)
+
+
 def test_a_scan_of_ct_tells_shape_units_structures_and_content(tmp_path):
     scan, _ = ct()
     where = geometry(scan.shape[1:], (2.0, 1.5, 1.0), seed=2)

@@ -20,6 +20,7 @@ from medtpp.errors import ConfigError, DataError
 
 VOXELS = 1 << 18  # of a patch: 64 x 64 x 64 or 512 x 512, which are 1,024 tokens of 4 x 8 x 8 or 16 x 16
 PERCENTILES = (0.5, 99.5)  # between which intensities are kept; nnU-Net's
+WHOLE = 95  # percentile of the scans' sizes, along each axis, that a patch for classification holds
 CROP_BELOW = 0.8  # crop where the content's box takes less than this share of the median scan
 
 
@@ -79,6 +80,7 @@ def fit_preprocessing(
     *,
     size: tuple[int, ...] | None = None,
     channels: int | None = None,
+    whole: bool = False,
     voxels: int = VOXELS,
 ) -> VolumePreprocessing:
     """Plan the preprocessing of a data set: what the options leave open.
@@ -89,7 +91,8 @@ def fit_preprocessing(
       take in the data set; otherwise percentiles of each scan's content, since MRI has no units. A z-score is
       for the options to ask for.
     - Crop to content where that takes away a fifth of the median scan, and no structure.
-    - Patch: the median shape, then smaller along the longest side in mm until the budget is met.
+    - Patch: the median shape, or what holds most scans whole; then smaller along the longest side in mm until the
+      budget is met.
 
     Args:
         fingerprint: Of the training cases.
@@ -97,6 +100,8 @@ def fit_preprocessing(
         options: What the user says; by default nothing.
         size: Voxels of every scan, in place of a spacing, where the options say neither.
         channels: 1 or 3 for 8-bit images, whatever they have.
+        whole: Whether a patch is to hold 19 of 20 scans along each axis, since it is the scan that has a class, and not
+            its parts.
         voxels: Budget of a patch.
 
     Raises:
@@ -120,7 +125,8 @@ def fit_preprocessing(
     shapes = np.array(fingerprint.contents if crop else fingerprint.shapes, float)
     if spacing is not None:
         shapes *= steps / np.array(spacing)
-    shape = size or tuple(np.median(shapes, axis=0).tolist())
+    held = np.percentile(shapes, WHOLE, axis=0, method="inverted_cdf") if whole else np.median(shapes, axis=0)
+    shape = size or tuple(held.tolist())
     if options.patch != "auto":
         _require_whole(options.patch, multiple)
     unit = spacing or tuple(np.median(steps, axis=0).tolist())

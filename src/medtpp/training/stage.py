@@ -269,9 +269,11 @@ def resolve_stage(
 
 def augmenter_of(experiment: Experiment, preprocessing: Preprocessing | VolumePreprocessing) -> Augmenter:
     """The augmentation of an experiment, which both of its stages use."""
-    data, masks = experiment.data, experiment.task.name == "segmentation"
+    data, use = experiment.data, experiment.task.name
     spacing = preprocessing.spacing if isinstance(preprocessing, VolumePreprocessing) else None
-    return Augmenter(data.augment, data.modality, "segmentation" if masks else "classification", spacing)
+    if use == "classification" and spacing is not None:
+        use = "classification in mm"
+    return Augmenter(data.augment, data.modality, use, spacing)
 
 
 def tuner_groups(backbone: TunedBackbone, rate: float, weight_decay: float) -> list[Group]:

@@ -165,6 +165,7 @@ def store_volumes(
         data.volume,
         size=_whole(experiment, [scans[case.id].shape for case in train], patch, own),
         channels=None if data.channels == "auto" else data.channels,
+        whole=experiment.task.name == "classification",
     )
     store = build_store(cases, preprocessing, dataset.structures, READER, progress=progress)
     problems = [f"{record.case}: {record.error}" for record in store.records if record.error]

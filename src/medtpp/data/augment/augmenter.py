@@ -14,26 +14,29 @@ from medtpp.data.augment.intensities import IntensityChanges
 from medtpp.data.augment.shapes import ShapeChanges
 from medtpp.seeds import Draws
 
-Use = Literal["classification", "segmentation"]
+Use = Literal["classification", "classification in mm", "segmentation"]
 
 # Left and right mean something in a body scan (heart, liver, a side marker), above and below in all but a slide.
 _MIRRORED: tuple[Modality, ...] = ("ultrasound", "pathology", "microscopy", "retina", "photo")
 _WITHOUT_UP: tuple[Modality, ...] = ("pathology", "microscopy")
 
+# Random resized crops, as usual for vision transformers. A class is seen at any scale.
+_CLASSIFICATION = {
+    "crop_min": 0.5,
+    "rotation": 0.0,
+    "scaling": 0.0,
+    "shear": 0.0,
+    "elastic": 0.0,
+    "blur": 0.0,
+    "low_resolution": 0.0,
+    "noise": 0.0,
+    "intensity": 0.15,
+    "intensity_probability": 1.0,
+}
 _DEFAULTS: dict[Use, dict[str, float]] = {
-    # Random resized crops, as usual for vision transformers. A class is seen at any scale.
-    "classification": {
-        "crop_min": 0.5,
-        "rotation": 0.0,
-        "scaling": 0.0,
-        "shear": 0.0,
-        "elastic": 0.0,
-        "blur": 0.0,
-        "low_resolution": 0.0,
-        "noise": 0.0,
-        "intensity": 0.15,
-        "intensity_probability": 1.0,
-    },
+    "classification": _CLASSIFICATION,
+    # On a grid in millimetres the size of a finding tells the class, as that of a lung nodule does: nothing is rescaled.
+    "classification in mm": {**_CLASSIFICATION, "crop_min": 1.0, "rotation": 30.0},
     # Near nnU-Net's (Isensee et al., arXiv 1904.08128): sizes are kept, many effects, each seldom.
     "segmentation": {
         "crop_min": 1.0,
