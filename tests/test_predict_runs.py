@@ -134,7 +134,7 @@ def test_a_killed_run_is_gone_on_with(tmp_path):
     names = {path.relative_to(again): path.read_bytes() for path in again.rglob("*") if path.is_file()}
     assert names == {path.relative_to(out): path.read_bytes() for path in out.rglob("*") if path.is_file()}
     (out / "b_probabilities" / "1_organ.nii.gz").unlink()
-    assert "1 images segmented; 2 were there" in done(*command, "--resume").text
+    assert "1 image segmented; 2 were there" in done(*command, "--resume").text
 
 
 def test_output_folders_are_not_mixed_up(tmp_path):

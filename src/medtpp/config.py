@@ -69,7 +69,7 @@ class AugmentOptions(Options):
     """Whole-batch augmentation; each effect meets a case with its own probability.
 
     `auto` flips follow the modality, other `auto` values the task (in brackets: for classification; for segmentation).
-    Scans that are classified on a grid in millimetres keep their size: they are rotated as for segmentation, not cropped.
+    Scans that are classified on a grid in millimetres keep their size: no crops, but rotations as for segmentation.
     """
 
     crop_min: Share | Auto = Field("auto", description="smallest share of the area that a random crop keeps (0.5; 1)")

@@ -124,6 +124,7 @@ def predict(
 
 def _classify(members: list[Adapter], cases: list[Case], output: Path, device: torch.device) -> dict[str, str]:
     """Write the table; gives what could not be read."""
+    from medtpp.data.problems import count
     from medtpp.evaluation import write_predictions
     from medtpp.inference.predict import predict_files
 
@@ -131,7 +132,7 @@ def _classify(members: list[Adapter], cases: list[Case], output: Path, device: t
         result = predict_files(members, cases, device=device, progress=progress)
     if result.predictions is not None:
         write_predictions(output, result.predictions)
-        console.print(f"{len(result.predictions)} images predicted: {output}", markup=False, soft_wrap=True)
+        console.print(f"{count(result.predictions.cases, 'image')} predicted: {output}", markup=False, soft_wrap=True)
     return result.unreadable
 
 
@@ -146,6 +147,7 @@ def _segment(
     overwrite: bool,
 ) -> dict[str, str]:
     """Write the masks; gives what could not be read."""
+    from medtpp.data.problems import count
     from medtpp.inference.segment import VOLUMES, segment_files
 
     with _bar("segmenting") as progress:
@@ -154,7 +156,7 @@ def _segment(
         )
     before = f"; {len(result.skipped)} were there" if result.skipped else ""
     spent = ", ".join(f"{what} {seconds:.1f} s" for what, seconds in result.seconds.items())
-    console.print(f"{len(result.done)} images segmented{before}: {output}", markup=False, soft_wrap=True)
+    console.print(f"{count(result.done, 'image')} segmented{before}: {output}", markup=False, soft_wrap=True)
     console.print(f"sizes of structures: {output / VOLUMES}", markup=False, soft_wrap=True)
     if spent:
         console.print(f"time: {spent}", markup=False)

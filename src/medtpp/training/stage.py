@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from medtpp.backbones import Backbone
 from medtpp.config import Experiment, StageOptions
-from medtpp.data.augment import Augmenter
+from medtpp.data.augment import Augmenter, Use
 from medtpp.data.batches import BatchStream, to_unit
 from medtpp.data.cache import ImageCache
 from medtpp.data.case import Case
@@ -269,10 +269,9 @@ def resolve_stage(
 
 def augmenter_of(experiment: Experiment, preprocessing: Preprocessing | VolumePreprocessing) -> Augmenter:
     """The augmentation of an experiment, which both of its stages use."""
-    data, use = experiment.data, experiment.task.name
+    data, masks = experiment.data, experiment.task.name == "segmentation"
     spacing = preprocessing.spacing if isinstance(preprocessing, VolumePreprocessing) else None
-    if use == "classification" and spacing is not None:
-        use = "classification in mm"
+    use: Use = "segmentation" if masks else "classification" if spacing is None else "classification in mm"
     return Augmenter(data.augment, data.modality, use, spacing)
 
 

@@ -35,7 +35,7 @@ _CLASSIFICATION = {
 }
 _DEFAULTS: dict[Use, dict[str, float]] = {
     "classification": _CLASSIFICATION,
-    # On a grid in millimetres the size of a finding tells the class, as that of a lung nodule does: nothing is rescaled.
+    # On a grid in millimetres a finding's size may tell the class, as that of a lung nodule does: nothing is rescaled.
     "classification in mm": {**_CLASSIFICATION, "crop_min": 1.0, "rotation": 30.0},
     # Near nnU-Net's (Isensee et al., arXiv 1904.08128): sizes are kept, many effects, each seldom.
     "segmentation": {
