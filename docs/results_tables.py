@@ -2,6 +2,7 @@
 
 A block `<!-- KIND: NAME -->` ... `<!-- end -->` holds the table of kind
 - `comparison` of results/NAME/comparison.json,
+- `differences` of results/NAME/comparison.json,
 - `gains` of all comparisons in the folder results/NAME,
 - `arms` of all comparisons in the folder results/NAME,
 - `segmentation` of results/NAME/evaluation.json,
@@ -56,6 +57,21 @@ def comparison_table(folder: Path) -> str:
     lines += [f"| {mean['labels']} | {mean['arm']} | {_value(mean)} | | | | |" for mean in others]
     groups = f"{found['n_patients']} patients" if found["unit"] == "patient" else f"{found['n_cases']} cases"
     return "\n".join([*lines, "", f"{len(found['seeds'])} seeds, intervals over seeds and {groups} of the test."])
+
+
+def differences_table(folder: Path) -> str:
+    """A row for each two arms that were compared: TPP against each other start."""
+    found = _read(folder / "comparison.json")
+    title, means = found["metric_title"], {(row["arm"], row["labels"]): row for row in found["means"]}
+    lines = [
+        f"| labels | TPP against | its {title} | TPP's | TPP - other, points | p (Holm) | verdict |",
+        "|---:|---|---:|---:|---|---:|---|",
+    ]
+    for row in found["differences"]:
+        other, its = (f"{means[row[side], row['labels']]['value']:.3f}" for side in ("baseline", "arm"))
+        told = f"{_gain(row)} | {row['p_holm']:.3f} | {row['verdict']}"
+        lines.append(f"| {row['labels']} | {row['baseline']} | {other} | {its} | {told} |")
+    return "\n".join(lines)
 
 
 def gains_table(folder: Path) -> str:
@@ -174,6 +190,7 @@ def _value(mean: dict[str, Any]) -> str:
 
 _TABLES = {
     "comparison": comparison_table,
+    "differences": differences_table,
     "gains": gains_table,
     "arms": arms_table,
     "segmentation": segmentation_table,
