@@ -229,16 +229,15 @@ def finetune(
     check_range(images, unit=True)
     model.seen_channels = images.shape[1]
     seeds = Seeds(seed)
-    rate = TUNERS.get(model.tuner.name).learning_rate
     chosen = resolve_finetune(
-        _options(FinetuneOptions, options), cases=len(images), learning_rate=rate, spec=model.spec, masks=False
+        _options(FinetuneOptions, options), tuner=model.tuner.name, cases=len(images), spec=model.spec, masks=False
     )
     device = next(model.parameters()).device
     method = TASKS.get(task)
     head: Task = method(method.Options(), model.spec, classes, False, seeds)
     module = SupervisedModule(model, head.to(device), Augmenter(AugmentOptions(), modality))
     targets = torch.tensor([classes.index(label) for label in labels])
-    heads = [Group("head", dict(head.named_parameters()), chosen.head_learning_rate, chosen.head_weight_decay)]
+    heads = [Group("head", dict(head.named_parameters()), float(chosen.head_learning_rate), chosen.head_weight_decay)]
     tuned = tuner_groups(model, float(chosen.learning_rate), chosen.weight_decay)
     stream = UserStream(images, targets, number(chosen.batch_size), seeds)
     with random_state(seeds):

@@ -271,7 +271,9 @@ class TPPOptions(StageOptions):
 class FinetuneOptions(StageOptions):
     """The supervised stage."""
 
-    head_learning_rate: float = Field(1e-3, gt=0, description="learning rate of the task head")
+    head_learning_rate: Annotated[float, Field(gt=0)] | Auto = Field(
+        "auto", description="learning rate of the task head; auto: 1e-3, of a classifier on frozen features 5e-3"
+    )
     head_weight_decay: float = Field(0.01, ge=0, description="weight decay of the task head")
     head_warmup: int = Field(
         0,

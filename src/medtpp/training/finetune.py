@@ -48,6 +48,8 @@ from medtpp.tuners.base import check_keys
 TOKENS = 6_272  # in a batch of a classification: 32 images of 14 x 14 patches
 VOXELS = 1 << 20  # in a batch of a segmentation: 16 images of 256 x 256
 MASKED = 16  # images in it, at most
+HEAD_RATE = 1e-3  # learning rate of a head beside target parameters, and of a decoder
+LINEAR_RATE = 5e-3  # of a classifier on frozen features
 STARTING = 128  # images that a start is made from, at most
 GRADIENTS = 8  # batches that a start is made from
 
@@ -123,20 +125,22 @@ def run_finetune(inputs: FinetuneInputs, folder: Path) -> StageResult:
 
 
 def resolve_finetune(
-    options: FinetuneOptions, *, cases: int, learning_rate: float, spec: Spec, masks: bool, devices: int = 1
+    options: FinetuneOptions, *, tuner: str, cases: int, spec: Spec, masks: bool, devices: int = 1
 ) -> FinetuneOptions:
     """Answer the `auto` values: 30 passes over the cases within 200 to 2,000 steps.
 
-    A new decoder has more to learn: with masks it is 60 passes within 600 to 3,000 steps.
+    A new decoder has more to learn: with masks it is 60 passes within 600 to 3,000 steps. A classifier on frozen
+    features is alone in fitting the labels, and at the rate that it has beside a tuner it would not come to an end.
 
     Args:
         options: As given.
+        tuner: Its name, which has a learning rate of its own.
         cases: How many there are to train on.
-        learning_rate: The tuner's own.
         spec: Of the backbone; large images and volumes make small batches.
         masks: Whether it is a segmentation.
         devices: The batch size is a multiple of them.
     """
+    method = TUNERS.get(tuner)
     batch_size = TOKENS // spec.effort
     if masks:
         batch_size = min(MASKED, VOXELS // math.prod(spec.image_size))
@@ -146,12 +150,15 @@ def resolve_finetune(
         batch_size=min(32, max(2, batch_size)),
         cases=cases,
         limits=(600, 3000) if masks else (200, 2000),
-        learning_rate=learning_rate,
+        learning_rate=method.learning_rate,
         devices=devices,
     )
-    if options.validate_every != "auto":
-        return options
-    return options.model_copy(update={"validate_every": max(1, number(options.steps) // 20)})
+    answers: dict[str, object] = {}
+    if options.head_learning_rate == "auto":
+        answers["head_learning_rate"] = HEAD_RATE if method.has_targets or masks else LINEAR_RATE
+    if options.validate_every == "auto":
+        answers["validate_every"] = max(1, number(options.steps) // 20)
+    return options.model_copy(update=answers)
 
 
 def _train(fabric: Fabric, inputs: FinetuneInputs, folder: Path) -> StageResult:
@@ -161,8 +168,8 @@ def _train(fabric: Fabric, inputs: FinetuneInputs, folder: Path) -> StageResult:
     masks = bool(inputs.structures)
     options = resolve_finetune(
         experiment.finetune,
+        tuner=experiment.tuner.name,
         cases=len(inputs.train),
-        learning_rate=TUNERS.get(experiment.tuner.name).learning_rate,
         spec=tuned.spec,
         masks=masks,
         devices=fabric.world_size,
@@ -175,9 +182,8 @@ def _train(fabric: Fabric, inputs: FinetuneInputs, folder: Path) -> StageResult:
     if train.targets is not None:
         task.balance(train.targets)
     module = SupervisedModule(tuned, task, augmenter_of(experiment, inputs.preprocessing))
-    heads = [
-        Group(name, own, options.head_learning_rate, options.head_weight_decay) for name, own in task.groups().items()
-    ]
+    head_rate = float(options.head_learning_rate)
+    heads = [Group(name, own, head_rate, options.head_weight_decay) for name, own in task.groups().items()]
     targets = tuner_groups(tuned, rate, options.weight_decay)
     if inputs.start is None:
         stream = train.stream(batch_size, seeds.child("start"), fabric)

@@ -298,7 +298,7 @@ def _resolve(
             tpp = tpp.model_copy(update={"head_warmup": given.head_warmup})
     masks = experiment.task.name == "segmentation"
     finetune = resolve_finetune(
-        experiment.finetune, cases=train, learning_rate=rate, spec=spec, masks=masks, devices=devices
+        experiment.finetune, tuner=experiment.tuner.name, cases=train, spec=spec, masks=masks, devices=devices
     )
     data = experiment.data.model_copy(update=update)
     return experiment.model_copy(update={"data": data, "pretext": chosen, "tpp": tpp, "finetune": finetune})
