@@ -40,7 +40,7 @@ def with_tables(text: str) -> str:
 
 
 def comparison_table(folder: Path) -> str:
-    """A row for each label count and tuner, then the other arms."""
+    """A row for each label count and tuner, then the other arms; `linear` from results/linear if it was run again."""
     found = _read(folder / "comparison.json")
     title = found["metric_title"]
     lines = [
@@ -53,6 +53,10 @@ def comparison_table(folder: Path) -> str:
         values = " | ".join(_value(mean) for mean in means)
         told = f"{row['p_holm']:.3f} | {row['verdict']}"
         lines.append(f"| {row['labels']} | {tuner} | {values} | {_gain(row)} | {told} |")
+    alone = folder.parents[1] / "linear" / folder.name / "comparison.json"
+    if alone.is_file():
+        again = {(mean["arm"], mean["labels"]): mean for mean in _read(alone)["means"]}
+        found["means"] = [again.get((mean["arm"], mean["labels"]), mean) for mean in found["means"]]
     others = [mean for mean in found["means"] if (mean["arm"], mean["labels"]) not in shown]
     lines += [f"| {mean['labels']} | {mean['arm']} | {_value(mean)} | | | | |" for mean in others]
     groups = f"{found['n_patients']} patients" if found["unit"] == "patient" else f"{found['n_cases']} cases"
