@@ -7,6 +7,7 @@ A block `<!-- KIND: NAME -->` ... `<!-- end -->` holds the table of kind
 - `arms` of all comparisons in the folder results/NAME,
 - `segmentation` of results/NAME/evaluation.json,
 - `settings` of results/NAME.json (benchmarks/tpp_defaults.py),
+- `features` of results/NAME.json (benchmarks/start_features.py),
 - `starts` of results/NAME.json (benchmarks/finetune_defaults.py),
 - `contract` of results/NAME.csv (benchmarks/contract.py),
 - `costs` of results/NAME.json (medtpp bench).
@@ -131,6 +132,22 @@ def settings_table(path: Path) -> str:
     return "\n".join(lines)
 
 
+def features_table(path: Path) -> str:
+    """A row for each start: what its frozen features are worth more than the backbone's."""
+    rows = pd.DataFrame(_read(path.with_suffix(".json"))["rows"])
+    base = rows["auc"][rows["seed"].isna()].iloc[0]
+    lines = ["| start | AUC of a probe | gain, points | of each seed | features moved by |", "|---|---:|---:|---|---:|"]
+    lines.append(f"| standard | {base:.3f} | | | |")
+    for start, its in rows.dropna(subset="seed").groupby("start", sort=False):
+        gains = 100 * (its["auc"] - base)
+        drift = its["feature_drift"].mean()
+        moved = "" if pd.isna(drift) else f"{drift:.2f}"
+        each = ", ".join(f"{gain:+.1f}" for gain in gains)
+        name = {"lora": "tpp"}.get(str(start), str(start).split("/")[0].removeprefix("lora-"))
+        lines.append(f"| {name} | {its['auc'].mean():.3f} | {gains.mean():+.1f} | {each} | {moved} |")
+    return "\n".join(lines)
+
+
 def starts_table(path: Path) -> str:
     """A row for each setting of fine-tuning: both starts, and what TPP gains, seed by seed."""
     rows = pd.DataFrame(_read(path.with_suffix(".json"))["rows"])
@@ -201,6 +218,7 @@ _TABLES = {
     "arms": arms_table,
     "segmentation": segmentation_table,
     "settings": settings_table,
+    "features": features_table,
     "starts": starts_table,
     "contract": contract_table,
     "costs": costs_table,
