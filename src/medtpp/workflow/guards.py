@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from medtpp.adapter import AdapterCard, TaskCard
+from medtpp.config import Experiment
 from medtpp.data.case import Structure
 from medtpp.errors import ConfigError, DataError, WeightsError
 from medtpp.workflow.experiment import load_experiment
@@ -46,14 +47,24 @@ def require_fit(prepared: Prepared, adapter: Path, card: AdapterCard) -> None:
 def refuse_changes(out: Path, prepared: Prepared) -> None:
     """Raise ConfigError that lists what differs from the experiment that the folder holds."""
     kept = out / "experiment.yaml"
-    if not kept.is_file():
-        return
-    before = _fields(load_experiment(kept).model_dump(mode="json"))
-    now = _fields(prepared.experiment.model_dump(mode="json"))
+    if kept.is_file():
+        refuse_other(out, load_experiment(kept), prepared.experiment)
+
+
+def refuse_other(out: Path, before: Experiment, now: Experiment, *, free: tuple[str, ...] = ()) -> None:
+    """Raise ConfigError that lists in which fields an experiment differs from the one that the folder was made with.
+
+    Args:
+        out: The folder.
+        before: What it was made with.
+        now: What it would be gone on with.
+        free: Beginnings of the names of further fields that may differ.
+    """
+    then, fields = _fields(before.model_dump(mode="json")), _fields(now.model_dump(mode="json"))
     differing = [
-        f"{name}: {before.get(name)} there, {now.get(name)} now"
-        for name in sorted(before.keys() | now.keys())
-        if before.get(name) != now.get(name) and not name.startswith(_FREE)
+        f"{name}: {then.get(name)} there, {fields.get(name)} now"
+        for name in sorted(then.keys() | fields.keys())
+        if then.get(name) != fields.get(name) and not name.startswith((*_FREE, *free))
     ]
     if differing:
         raise ConfigError(

@@ -94,7 +94,11 @@ def open_run(
     prepared = read_run(
         experiment, out, adapter=adapter, all_test=all_test, resume=resume, overwrite=overwrite, progress=progress
     )
-    keep_run(prepared, out, overwrite=overwrite)
+    if overwrite:
+        prepare_folder(out, overwrite=True)
+    else:
+        refuse_changes(out, prepared)
+    keep_run(prepared, prepared.experiment, out)
     return prepared
 
 
@@ -109,7 +113,7 @@ def read_run(
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Prepared:
-    """The first half of `open_run`: all that may be refused. Nothing in the folder is changed.
+    """The first part of `open_run`: the data are prepared. Nothing in the folder is changed.
 
     Args:
         experiment: As written by the user.
@@ -122,7 +126,7 @@ def read_run(
         progress: Called with images decoded so far and in all.
 
     Raises:
-        MedtppError: As `open_run`.
+        MedtppError: As `open_run`, but that the folder may hold another experiment.
     """
     backbone = experiment.backbone
     reads = [experiment.data.path, *experiment.data.unlabelled, Path(backbone.name), Path(backbone.weights)]
@@ -130,16 +134,12 @@ def read_run(
     kept = None if overwrite else out / "split.csv"
     prepared = prepare(experiment, split_file=kept, all_test=all_test, held_out=held_out, progress=progress)
     refuse_overlap(f"The backbone {backbone.name}", seen_by(backbone).overlap(prepared.cases("test"), prepared.records))
-    if not overwrite:
-        refuse_changes(out, prepared)
     return prepared
 
 
-def keep_run(prepared: Prepared, out: Path, *, overwrite: bool = False) -> None:
-    """The second half of `open_run`: replace what is in the folder, if asked for, and write what the run is."""
-    if overwrite:
-        prepare_folder(out, overwrite=True)
-    write_experiment(out / "experiment.yaml", prepared.experiment)  # first: it says what the split belongs to
+def keep_run(prepared: PreparedData, experiment: Experiment, out: Path) -> None:
+    """The last part of `open_run`: write what the run is."""
+    write_experiment(out / "experiment.yaml", experiment)  # first: it says what the split belongs to
     write_split(out / "split.csv", prepared.dataset, prepared.whole_split)
 
 

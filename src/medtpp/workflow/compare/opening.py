@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +13,20 @@ import torch
 from filelock import FileLock, Timeout
 
 from medtpp import backbones
-from medtpp.config import BackboneOptions, Experiment
+from medtpp.config import BackboneOptions, Experiment, experiment_schema
 from medtpp.data.holdout import Holdout
 from medtpp.errors import ConfigError, OutputError
-from medtpp.files import prepare_folder, read_json, write_json
+from medtpp.files import MARKER, prepare_folder, read_json, write_json
 from medtpp.seeds import Seeds
 from medtpp.training.device import choose_accelerator, choose_precision
 from medtpp.training.stage import number
 from medtpp.training.tpp import make_pretext, require_pair, resolve_pretext
 from medtpp.workflow.cluster import ClusterOptions
-from medtpp.workflow.compare.axes import Axes
+from medtpp.workflow.compare.axes import AUTO, Axes
 from medtpp.workflow.compare.comparison import Budget, Comparison, Machine
 from medtpp.workflow.compare.plan import Arm, Cell, Labels, base_experiment, cell_experiment, refuse_together, settled
+from medtpp.workflow.experiment import validate
+from medtpp.workflow.guards import refuse_changes, refuse_other
 from medtpp.workflow.prepare import Prepared, PreparedData, arrange, foreign_pool, prepare
 from medtpp.workflow.run import content, keep_run, read_run
 from medtpp.workflow.steps import refuse_folder
@@ -32,7 +34,8 @@ from medtpp.workflow.steps import refuse_folder
 Progress = Callable[[int, int], None]
 STUDY = "study.json"
 _AXES, _INPUTS = "axes.json", "inputs.json"
-_FOREIGN, _HELD_OUT = "foreign images", "test cases are"
+_FOREIGN, _HELD_OUT, _EXPERIMENT = "foreign images", "test cases are", "experiment"
+_FREE = ("data.labels",)  # of the experiment: the axes say it, and may grow
 
 
 def open_comparison(
@@ -62,7 +65,7 @@ def open_comparison(
 
     Raises:
         MedtppError: As `open_run`; there are too few labelled cases for a label count; or the folder holds a
-            comparison of other data, with another metric, margin, precision or accelerator.
+            comparison by another experiment, of other data, with another metric, margin, precision or accelerator.
     """
     comparison = read_comparison(
         experiment,
@@ -132,7 +135,8 @@ def read_comparison(
         prepared = read_run(whole, out, held_out=held_out, resume=resume, overwrite=overwrite, progress=progress)
     foreign = foreign_pool(prepared, [Path(path) for path in axes.foreign], progress) if axes.foreign else None
     comparison = _plan(axes, base, prepared, foreign, jobs, cluster, held_out)
-    if out is not None and kept:
+    if out is not None and not overwrite and (kept or resume):
+        _refuse_other_experiment(out, comparison)
         _refuse_other_data(out, _inputs(comparison))
     return comparison
 
@@ -144,9 +148,11 @@ def is_comparison(out: Path) -> bool:
 
 def keep_comparison(comparison: Comparison, out: Path, *, overwrite: bool = False) -> None:
     """The second half of `open_comparison`: replace what is in the folder, if asked for, and write what is compared."""
-    keep_run(comparison.prepared, out, overwrite=overwrite)
+    if overwrite:
+        prepare_folder(out, overwrite=True)
+    write_json(out / _INPUTS, _inputs(comparison))  # first: it says what all else belongs to, if this is killed
+    keep_run(comparison.prepared, comparison.base, out)
     write_json(out / _AXES, asdict(comparison.axes))
-    write_json(out / _INPUTS, _inputs(comparison))
 
 
 def _with_pretexts(base: Experiment, axes: Axes) -> Experiment:
@@ -190,6 +196,8 @@ def _plan(
     """
     axes = axes.measured(masks=bool(prepared.dataset.structures))
     base = settled(base, prepared.experiment)
+    known = (base.pretext.name if name == AUTO else name for name in axes.pretexts)
+    axes = replace(axes, pretexts=tuple(dict.fromkeys(known)))
     if "scratch" in axes.extras:
         _require_same_network(base.backbone, prepared.preprocessing.patch)
     tpp: dict[str, int] = {}
@@ -253,7 +261,7 @@ def share_machine(
 
 
 def _inputs(comparison: Comparison) -> dict[str, Any]:
-    """What the results of cells depend on, beside the experiment: a resumed comparison must have the same."""
+    """What the results of cells depend on: a resumed comparison must have the same."""
     prepared, foreign, held_out = comparison.prepared, comparison.foreign, comparison.held_out
     hardware = prepared.experiment.hardware
     wanted = hardware.accelerator
@@ -267,13 +275,51 @@ def _inputs(comparison: Comparison) -> dict[str, Any]:
         "images of TPP": content(prepared, prepared.tpp),
         **({_FOREIGN: content(foreign, foreign.tpp)} if foreign else {}),
         **({_HELD_OUT: held_out.title} if held_out else {}),
+        _EXPERIMENT: _without_paths(comparison.base).model_dump(mode="json"),
     }
 
 
+def _without_paths(experiment: Experiment) -> Experiment:
+    """The same wherever its images lie, which their hashes tell apart."""
+    data = experiment.data.model_copy(update={"path": Path(), "unlabelled": []})
+    return experiment.model_copy(update={"data": data})
+
+
+def _refuse_other_experiment(out: Path, comparison: Comparison) -> None:
+    """What cells derive from is compared, not a cell's own experiment, which lacks other tuners' and budgets' options.
+
+    Folders of older versions hold the first arm's at all labels; there, the budgets of cells are looked at, too.
+    """
+    before = read_json(out / _INPUTS).get(_EXPERIMENT) if (out / _INPUTS).is_file() else None
+    if before is not None:  # options that came with a later version have their defaults
+        refuse_other(out, validate(experiment_schema(), before, str(out / _INPUTS)), comparison.base, free=_FREE)
+        return
+    refuse_changes(out, comparison.prepared)
+    problems = []
+    for cell in comparison.cells:
+        done = cell.folder(out) / "finetune" / MARKER
+        if cell.seed != comparison.base.seed or cell.arm.init == "longer" or not done.is_file():
+            continue  # draws of other seeds may make other batches; "longer" has its steps from the clock
+        budget, told = comparison.budget, read_json(done)
+        for name, now in (("steps", budget.finetune[cell.labels]), ("batch_size", budget.batch[cell.labels])):
+            if told[name] != now:
+                problems.append(f"finetune.{name} with {cell.labels} labels: {told[name]} there, {now} now")
+    if problems:
+        raise ConfigError(
+            f"{out} was made with other budgets. Go on with the experiment that it was begun with, or use --overwrite "
+            "or another --out. What differs:",
+            dict.fromkeys(problems),
+        )
+
+
 def _refuse_other_data(out: Path, now: dict[str, Any]) -> None:
+    if not (out / _INPUTS).is_file() and not (out / "cells").is_dir():  # killed before it had begun
+        return
     before = read_json(out / _INPUTS) if (out / _INPUTS).is_file() else {}
     now = {name: value for name, value in now.items() if name in before or name != _FOREIGN}  # they may be added
-    changed = [name for name in now if json.dumps(before.get(name)) != json.dumps(now[name])]
+    changed = [
+        name for name in now if name != _EXPERIMENT and json.dumps(before.get(name)) != json.dumps(now[name])
+    ]
     if changed:
         raise ConfigError(
             f"{out} was made otherwise, so its cells and new ones could not be compared. Use --overwrite, or another "

@@ -32,6 +32,7 @@ STARTS = ("pissa", "olora", "eva", "lora_ga")  # LoRA's other starts, as `tuner.
 CONTROLS = ("tpp_labelled", "tpp_foreign", "random_direction")  # what may be behind a difference that TPP makes
 PRIMED = ("tpp", *CONTROLS)  # fine-tuning starts from an adapter folder
 REFERENCES = ("linear", "full")  # tuners that are arms of their own
+_SETTLED = ("volume", "structures", "image_size", "channels", "augment")  # of `data`: the same for all cells
 
 
 @dataclass(frozen=True)
@@ -210,13 +211,14 @@ def settled(base: Experiment, prepared: Experiment) -> Experiment:
 
     A pretext task that is left to the backbone is among it, and the budget of TPP: on fewer or other images, too, it
     has the same number of steps and images per step. How long a pretext head is warmed up follows from the steps, and
-    from whether it came trained with the backbone.
+    from whether it came trained with the backbone. What labels or tuners decide stays "auto". To settle again what is
+    settled changes nothing.
 
     Args:
         base: From `base_experiment`.
         prepared: The experiment that the data were prepared for.
     """
-    found = {name: getattr(prepared.data, name) for name in ("volume", "structures")}
+    found = {name: getattr(prepared.data, name) for name in _SETTLED}
     data = base.data.model_copy(update=found)
     budget = {name: getattr(prepared.tpp, name) for name in ("steps", "batch_size")}
     tpp = base.tpp.model_copy(update=budget)
