@@ -10,7 +10,7 @@ from PIL import Image
 from medtpp.evaluation.paired import Verdict
 from medtpp.files import write_json, write_text
 
-VERDICTS = get_args(Verdict)
+VERDICTS = tuple(one for one in get_args(Verdict) if one not in ("better", "worse"))  # of TPP against no TPP
 
 
 def arm_name(tuner, init):

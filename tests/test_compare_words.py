@@ -4,7 +4,7 @@ import pytest
 
 from medtpp.errors import ConfigError
 from medtpp.evaluation.bootstrap import Estimate
-from medtpp.evaluation.paired import Difference
+from medtpp.evaluation.paired import Difference, as_other_method
 from medtpp.workflow.compare import Axes
 from medtpp.workflow.compare.plan import Arm
 from medtpp.workflow.compare.words import Measure, sentence
@@ -42,3 +42,33 @@ def test_sentences_tell_the_unit(measure, value, verdict, said):
     estimate = Estimate(value, value - 0.05, value + 0.05, 0.0)
     gap = Difference(estimate, estimate, 0.01, dict.fromkeys(range(6), value))
     assert said in sentence(Arm("lora", "tpp"), Arm("lora", "standard"), "5", gap, verdict, measure)
+
+
+@pytest.mark.parametrize(
+    ("baseline", "against"),
+    [
+        (Arm("linear", "standard"), "frozen features"),
+        (Arm("full", "standard"), "full fine-tuning"),
+        (Arm("full", "scratch"), "training from scratch"),
+    ],
+)
+def test_tpp_has_no_credit_where_the_tuner_differs_too(baseline, against):
+    measure = Measure("auc", "macro AUC", "", 0.005)
+    arm, named = Arm("lora", "tpp"), Arm("lora", "tpp", "simmim")
+    assert arm.is_method_beside(baseline)
+    for value, found, verdict, size in ((0.222, "helps", "better", "22.2 points higher"), (-0.1, "hurts", "worse", "")):
+        assert as_other_method(found) == verdict
+        estimate = Estimate(value, value - 0.05, value + 0.05, 0.0)
+        gap = Difference(estimate, estimate, 0.01, dict.fromkeys(range(6), value))
+        told = sentence(arm, baseline, "250", gap, verdict, measure)
+        assert told.startswith(f"lora, 250 labels: lora with TPP is {verdict} than {against}: macro AUC is {size}")
+        assert "lora with TPP by simmim is" in sentence(named, baseline, "250", gap, verdict, measure)
+        for other in ("equivalent", "no difference seen", "too few seeds", "undefined"):
+            assert "lora with TPP" in sentence(arm, baseline, "250", gap, other, measure)
+            assert as_other_method(other) == other
+
+
+@pytest.mark.parametrize("init", ["standard", "longer", "eva", "tpp_labelled", "random_direction"])
+def test_tpp_is_what_helps_where_the_tuner_is_the_same(init):
+    assert not Arm("lora", "tpp").is_method_beside(Arm("lora", init))
+    assert not Arm("full", "tpp").is_method_beside(Arm("full", "standard"))

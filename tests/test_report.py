@@ -276,6 +276,18 @@ def test_an_arm_looks_the_same_in_all_plots(tmp_path):
     assert tuned.items() <= arms.items()
 
 
+@pytest.mark.parametrize("verdict", ["better", "worse", "helps", "hurts"])  # the last two of older versions
+def test_a_verdict_beside_another_method(tmp_path, verdict):
+    folder = write_comparison(tmp_path, extras=("linear",))
+    table = read_json(folder / "comparison.json")
+    other = table["differences"][0] | {"baseline": "linear", "verdict": verdict}
+    write_json(folder / "comparison.json", table | {"differences": [*table["differences"], other]})
+    text = write_report(folder).read_text()
+    sign = {"better": "▲", "worse": "▼", "helps": "▲", "hurts": "▼"}[verdict]
+    assert f'<span class="verdict {verdict}"><span aria-hidden="true">{sign}</span> {verdict}</span>' in text
+    assert "TPP helped" in page(folder).text
+
+
 def test_the_smallest_comparison():
     found = pages()["small comparison"]
     assert "At 30 labels, TPP helped." in found.text

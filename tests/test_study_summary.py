@@ -80,7 +80,11 @@ def test_single_sets_are_adjusted_for_all_that_was_looked_at(tmp_path):
     assert {one.verdict for one in standard if one.level == "all"} >= {"helps"}
     for one in found.pooled:
         mine = [each.verdict for each in found.gains if (each.arm, each.baseline, each.level) == one_of(one)]
-        assert (one.helps, one.hurts, one.equivalent) == tuple(map(mine.count, ("helps", "hurts", "equivalent")))
+        better, worse = ("better", "worse") if one.kind == "linear" else ("helps", "hurts")
+        assert (one.helps, one.hurts, one.equivalent) == tuple(map(mine.count, (better, worse, "equivalent")))
+    beside = next(one for one in found.pooled if one.kind == "linear" and one.verdict == "better")
+    assert "lora with TPP is better than frozen features on these: over 2 data sets by " in beside.sentence
+    assert "Taken alone, lora with TPP is better on " in beside.sentence
 
 
 def one_of(pooled):

@@ -29,7 +29,9 @@ from medtpp.evaluation.segmentation import overall_means
 from medtpp.evaluation.segmentation_table import METRICS, Segmentations
 from medtpp.files import digest
 
-Verdict = Literal["helps", "hurts", "equivalent", "no difference seen", "too few seeds", "undefined"]
+Verdict = Literal[
+    "helps", "hurts", "better", "worse", "equivalent", "no difference seen", "too few seeds", "undefined"
+]
 Floats = NDArray[np.float64]
 
 LOWER_IS_BETTER = frozenset({"ece", "brier", "log_loss", "hd95"})
@@ -337,6 +339,11 @@ def decide(
     if narrow.low is not None and narrow.high is not None and -margin < narrow.low and narrow.high < margin:
         return "equivalent"
     return "no difference seen"
+
+
+def as_other_method(verdict: Verdict) -> Verdict:
+    """The verdict where an arm differs from its baseline in more than TPP, which is then not what helps or hurts."""
+    return {"helps": "better", "hurts": "worse"}.get(verdict, verdict)  # type: ignore[return-value]
 
 
 def _seed_weights(scores: Scores) -> Floats:

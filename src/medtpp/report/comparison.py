@@ -28,10 +28,13 @@ from medtpp.report.read import (
 from medtpp.report.schema import ArmFile, ComparedTPPFile, ComparisonFile, DifferenceFile, MeanFile
 
 _DONE = "done"
-# Verdict to a sign, so that colour is not all that tells them apart, and the order of telling.
+# Verdict to a sign, so that colour is not all that tells them apart, and the order of telling. "better" and "worse" are
+# for arms that differ in more than TPP, never for TPP against no TPP.
 VERDICTS = {
     "helps": "▲",
     "hurts": "▼",
+    "better": "▲",
+    "worse": "▼",
     "equivalent": "=",
     "no difference seen": "○",
     "too few seeds": "…",

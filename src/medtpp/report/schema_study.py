@@ -114,7 +114,7 @@ class PooledFile(FileModel):
         like_these: With the data sets as a sample of others; None below 3.
         p, p_holm: Of the scope; adjusted over arms and levels of the kind.
         wilcoxon, wilcoxon_holm: Over the data sets; None below 6.
-        helps, hurts, equivalent: On how many sets; the verdicts of `GainFile`.
+        helps, hurts, equivalent: On how many sets, "better" and "worse" included; the verdicts of `GainFile`.
         scope: What the verdict is about: other data sets, or these alone where they are fewer than 6.
         margin: The smallest of the sets'.
         left_out: Data sets on which there is no such difference.

@@ -65,6 +65,13 @@ class Arm:
         """Whether it shows an end of the scale: nothing of the backbone trained, or all of it."""
         return self.tuner in REFERENCES and self.init == "standard"
 
+    def is_method_beside(self, baseline: Arm) -> bool:
+        """Whether it differs from a baseline in more than how it starts and how long it trains: the tuner, the weights.
+
+        So is TPP by a tuner beside "linear", "full" and "scratch".
+        """
+        return baseline.tuner != self.tuner or baseline.init == "scratch"
+
     @property
     def folder(self) -> str:
         """For paths."""

@@ -16,6 +16,7 @@ from medtpp.evaluation.paired import (
     Scorable,
     Scores,
     SegmentationRun,
+    as_other_method,
     difference,
     holm,
     judge,
@@ -223,6 +224,7 @@ def _differences(
         ]
         for (arm, baseline, labels, gap), p_holm in zip(pairs, holm([pair[3].p for pair in pairs]), strict=True):
             verdict = judge(gap, p_holm, metric=measure.metric, margin=measure.margin)
+            verdict = as_other_method(verdict) if arm.is_method_beside(baseline) else verdict
             found.append(
                 DifferenceFile(
                     arm=arm.name,

@@ -79,27 +79,28 @@ def sentence(arm: Arm, baseline: Arm, labels: str, gap: Difference, verdict: Ver
         verdict: Of `judge`.
         measure: What is compared.
     """
-    tuner, tpp = arm.tuner, f"TPP by {arm.pretext}" if arm.pretext else "TPP"
+    tuner, ours = arm.tuner, f"TPP by {arm.pretext}" if arm.pretext else "TPP"
+    if beside := arm.is_method_beside(baseline):
+        ours = f"{tuner} with {ours}"
     where = f"{tuner}, {'all labels' if labels == 'all' else f'{labels} labels'}"
     against = BASELINES[baseline.tuner if baseline.is_reference and baseline.tuner != tuner else baseline.init]
     estimate, seeds, title, unit = gap.estimate, len(gap.by_seed), measure.title, measure.noun
     if verdict == "undefined" or estimate.value is None or estimate.low is None or estimate.high is None:
-        return f"{where}: the difference between {tpp} and {against} is undefined."
+        return f"{where}: the difference between {ours} and {against} is undefined."
     value, low, high = map(measure.signed, (estimate.value, estimate.low, estimate.high))
     interval = f"[{low}, {high}], {seeds} seeds"
-    if verdict in ("helps", "hurts"):
+    if verdict in ("helps", "hurts", "better", "worse"):
         small = f", by less than the margin of {measure.room}" if abs(estimate.value) < measure.margin else ""
-        direction = "higher" if estimate.value > 0 else "lower"
-        return (
-            f"{where}: {tpp} {verdict}{small}: {title} is {value.lstrip('+-')}{unit} {direction} than with {against} "
-            f"({interval})."
-        )
+        size = f"{title} is {value.lstrip('+-')}{unit} {'higher' if estimate.value > 0 else 'lower'}"
+        if beside:
+            return f"{where}: {ours} is {verdict} than {against}{small}: {size} ({interval})."
+        return f"{where}: {ours} {verdict}{small}: {size} than with {against} ({interval})."
     if verdict == "equivalent":
-        return f"{where}: {tpp} and {against} are equivalent within {measure.room} of {title} ({value} {interval})."
+        return f"{where}: {ours} and {against} are equivalent within {measure.room} of {title} ({value} {interval})."
     if verdict == "too few seeds":
         few = f"{seeds} seeds are" if seeds > 1 else "one seed is"
-        return f"{where}: {few} too few to tell {tpp} from {against} ({value}{unit}); take {FEWEST_SEEDS} or more."
+        return f"{where}: {few} too few to tell {ours} from {against} ({value}{unit}); take {FEWEST_SEEDS} or more."
     return (
-        f"{where}: no difference seen between {tpp} and {against}: {value}{unit} of {title} ({interval}). "
+        f"{where}: no difference seen between {ours} and {against}: {value}{unit} of {title} ({interval}). "
         f"That is not equivalence, for which the interval would have to lie within {measure.room}."
     )

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from medtpp.evaluation.across import FEWEST_JUDGED, Pooled, Spread, detectable, half_width, pool
 from medtpp.evaluation.bootstrap import Estimate
-from medtpp.evaluation.paired import FEWEST_SEEDS, Difference, Verdict, decide, holm, judge
+from medtpp.evaluation.paired import FEWEST_SEEDS, Difference, Verdict, as_other_method, decide, holm, judge
 from medtpp.report.schema import MetricFile
 from medtpp.report.schema_study import GainFile, LevelFile, PooledFile, Scope, Unit
 from medtpp.workflow.study.sets import DataSet
@@ -81,7 +81,7 @@ def _gain(gains: Gains, gap: Gap, p_holm: float | None) -> GainFile:
         **vars(metric_of(gap.gain.estimate)),
         p=gap.gain.p,
         p_holm=p_holm,
-        verdict=judge(gap.gain, p_holm, metric="", margin=gap.one.margin),
+        verdict=_told(gains.pair, judge(gap.gain, p_holm, metric="", margin=gap.one.margin)),
         half_width=half,
         detectable=None if half is None else detectable(half, gap.one.coverage),
     )
@@ -123,7 +123,7 @@ def _pooled(
     spread, scope = _judged(pooled)
     where = gains.level.title
     margin = min(gap.one.margin for gap in gains.gaps)
-    verdict = decide(spread.estimate, spread.narrow, p_holm, margin=margin)
+    verdict = _told(pair, decide(spread.estimate, spread.narrow, p_holm, margin=margin))
     if scope == "these" and any(len(gap.gain.by_seed) < FEWEST_SEEDS for gap in gains.gaps):
         verdict = "too few seeds"
     mine = (pair.arm, pair.baseline, gains.level.name, unit)
@@ -142,8 +142,8 @@ def _pooled(
         p_holm=p_holm,
         wilcoxon=pooled.wilcoxon,
         wilcoxon_holm=wilcoxon_holm,
-        helps=alone["helps"],
-        hurts=alone["hurts"],
+        helps=alone["helps"] + alone["better"],
+        hurts=alone["hurts"] + alone["worse"],
         equivalent=alone["equivalent"],
         scope=scope,
         margin=margin,
@@ -151,6 +151,10 @@ def _pooled(
         sentence=pooled_sentence(pair, where, pooled, verdict, scope, p_holm, alone, measure_of(unit, margin)),
         left_out=[one.name for one in sets if one.unit == unit and one.name not in there],
     )
+
+
+def _told(pair: Pair, verdict: Verdict) -> Verdict:
+    return as_other_method(verdict) if pair.beside else verdict
 
 
 def _judged(pooled: Pooled) -> tuple[Spread, Scope]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from medtpp.evaluation.across import FEWEST_JUDGED, Pooled
 from medtpp.evaluation.paired import FEWEST_SEEDS, Verdict
 from medtpp.report.schema_study import Beyond, LevelFile, PooledFile, RankFile, Scope, SetFile, Unit
+from medtpp.workflow.compare.plan import REFERENCES
 from medtpp.workflow.compare.words import BASELINES, Measure
 
 _RANKS = ("lowest", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth")
@@ -36,6 +37,11 @@ class Pair:
     baseline: str
     kind: str
     tuner: str
+
+    @property
+    def beside(self) -> bool:
+        """Whether the arms differ in more than how they start and how long they train."""
+        return self.kind in (*REFERENCES, "scratch")
 
     @property
     def who(self) -> str:
@@ -93,8 +99,9 @@ def pooled_sentence(
     like_these = pooled.like_these
     over = f"{sets} data sets" if sets > 1 else "one data set"
     start, unit = f"{pair.who}, {where}", measure.noun
+    ours = "TPP" if not pair.beside else f"{pair.tuner} with TPP" if pair.who == pair.tuner else pair.arm
     if estimate.value is None or estimate.low is None or estimate.high is None:
-        return f"{start}: the difference between TPP and {against} is undefined."
+        return f"{start}: the difference between {ours} and {against} is undefined."
     parts = []
     if like_these is not None and like_these.estimate.low is not None and like_these.estimate.high is not None:
         low, high = map(measure.signed, (like_these.estimate.low, like_these.estimate.high))
@@ -104,19 +111,26 @@ def pooled_sentence(
     value, interval = measure.signed(estimate.value), "; ".join(parts)
     each, average = "", "on average " if sets > 1 else ""
     if sets > 1:
-        each = f" Taken alone, TPP helps on {single['helps']}, hurts on {single['hurts']} of them."
+        better, worse = single["helps"] + single["better"], single["hurts"] + single["worse"]
+        told = ("is better", "worse") if pair.beside else ("helps", "hurts")
+        each = f" Taken alone, {ours} {told[0]} on {better}, {told[1]} on {worse} of them."
     few = "" if scope == "like these" else f" {FEWEST_JUDGED} data sets or more would be needed to speak of others."
     place = "" if scope == "like these" else " on these" if sets > 1 else " on this one"
-    if verdict in ("helps", "hurts"):
+    if verdict in ("helps", "hurts", "better", "worse"):
         small = f", by less than the margin of {measure.room}" if abs(estimate.value) < measure.margin else ""
-        better = "better" if estimate.value > 0 else "worse"
+        direction = "better" if estimate.value > 0 else "worse"
+        if pair.beside:
+            return (
+                f"{start}: {ours} is {verdict} than {against}{place}{small}: over {over} by "
+                f"{value.lstrip('+-')}{unit} {average}({interval}).{each}{few}"
+            )
         return (
-            f"{start}: TPP {verdict}{place}{small}: over {over} it is {value.lstrip('+-')}{unit} {better} "
+            f"{start}: TPP {verdict}{place}{small}: over {over} it is {value.lstrip('+-')}{unit} {direction} "
             f"{average}than {against} ({interval}).{each}{few}"
         )
     if verdict == "equivalent":
         return (
-            f"{start}: over {over}, TPP and {against} are equivalent within {measure.room} ({value} {interval})."
+            f"{start}: over {over}, {ours} and {against} are equivalent within {measure.room} ({value} {interval})."
             f"{each}{few}"
         )
     if verdict == "too few seeds":
@@ -129,7 +143,7 @@ def pooled_sentence(
     if judged.low is not None and judged.high is not None and p_holm is not None and judged.low * judged.high > 0:
         adjusted = f"The interval leaves out zero, but p is {p_holm:.2f} when adjusted for all that was compared. "
     return (
-        f"{start}: no difference seen between TPP and {against} over {over}: {value}{unit} {average}({interval}). "
+        f"{start}: no difference seen between {ours} and {against} over {over}: {value}{unit} {average}({interval}). "
         f"{adjusted}That is not equivalence, for which the interval would have to lie within {measure.room}.{each}{few}"
     )
 
