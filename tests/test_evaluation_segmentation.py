@@ -241,6 +241,9 @@ def test_runs_are_compared_in_pairs(metric):
     assert judge(difference(worse, better), gap.p, metric=metric, margin=0.001) == "hurts"
     mean, paired = better.mean(), gap.estimate
     assert paired.high - paired.low < mean.high - mean.low
+    few = resample({0: runs(0.99, seeds=[0])[0], 1: runs(0.5, seeds=[1])[1]}, metric, BOOTSTRAP).mean()
+    assert few.low == 0.0
+    assert few.high > 1.0 if metric == "hd95" else few.high == 1.0
 
 
 def test_runs_have_the_interval_of_the_evaluation():

@@ -159,6 +159,18 @@ def test_draws_are_only_moved_outwards():
     np.testing.assert_array_equal(kept[:900], far[:900])
 
 
+def test_intervals_of_means_end_where_the_metric_does():
+    """Student's t of two seeds reaches far: an AUC is no less than 0 and no more than 1, a loss may be large."""
+    made = runs(1.5, TRUTH, seeds=[0]) | runs(-0.5, TRUTH, seeds=[1])
+    auc, loss = (resample(made, metric, BOOTSTRAP) for metric in ("auc", "log_loss"))
+    assert (auc.mean().low, auc.mean().high) == (0.0, 1.0)
+    assert loss.mean().low == 0.0
+    assert loss.mean().high > 1.0
+    other = resample(runs(-0.5, TRUTH, seeds=[0]) | runs(1.5, TRUTH, seeds=[1]), "auc", BOOTSTRAP)
+    assert difference(auc, other).estimate.low < -1
+    assert difference(auc, other).estimate.high > 1
+
+
 def test_few_seeds_say_nothing():
     strong, weak = (resample(runs(strength, TRUTH, seeds=range(4)), "auc", BOOTSTRAP) for strength in (3.0, 0.0))
     gap = difference(strong, weak)

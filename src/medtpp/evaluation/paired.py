@@ -6,7 +6,8 @@ weights and the order of the batches. The crossed bootstrap draws both, independ
 
 A handful of seeds, drawn with replacement, scatter too little, by a share of 1 / S, and their percentiles lack the
 tails that a scatter known from S values has. `widen` therefore moves the draws out to Student's t over the seeds,
-wherever that reaches further. Where patients scatter more than seeds do, it changes nothing.
+wherever that reaches further. Where patients scatter more than seeds do, it changes nothing. Means of an arm end where
+the metric does, so that no interval of an AUC goes beyond 1; differences are not cut.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ Verdict = Literal[
 Floats = NDArray[np.float64]
 
 LOWER_IS_BETTER = frozenset({"ece", "brier", "log_loss", "hd95"})
+WITHOUT_END = frozenset({"brier", "log_loss", "hd95"})  # other metrics end at 1; all begin at 0
 FEWEST_SEEDS = 5  # with fewer, drawing seeds with replacement says too little of how they scatter
 SIGNIFICANT = 0.05
 _FEWEST_DRAWS = 2000
@@ -148,6 +150,7 @@ class Scores:
         resampled: (S, R) in R draws of the test patients, the same draws for every arm.
         bootstrap: How the patients were drawn.
         test: What they were tested on, from `tested_on`.
+        metric: Its name, which says between what it lies; "" of one without ends.
     """
 
     seeds: tuple[int, ...]
@@ -155,6 +158,7 @@ class Scores:
     resampled: Floats
     bootstrap: Bootstrap
     test: str = ""
+    metric: str = ""
 
     def select(self, seeds: Sequence[int]) -> Scores:
         """The runs of some seeds, in this order."""
@@ -163,8 +167,9 @@ class Scores:
 
     @property
     def draws(self) -> Floats:
-        """(R,) the mean over the seeds in each draw of patients and seeds, widened."""
-        return widen((self.resampled * _seed_weights(self)).sum(axis=0), self.values)
+        """(R,) the mean over the seeds in each draw of patients and seeds, widened as far as the metric goes."""
+        draws = widen((self.resampled * _seed_weights(self)).sum(axis=0), self.values)
+        return np.clip(draws, 0.0, np.inf if self.metric in WITHOUT_END else 1.0) if self.metric else draws
 
     def mean(self) -> Estimate:
         """The mean over the seeds, with an interval over patients and seeds."""
@@ -219,6 +224,7 @@ def resample(runs: Mapping[int, Scorable], metric: str, bootstrap: Bootstrap) ->
         resampled=np.concatenate(chunks, axis=1),
         bootstrap=bootstrap,
         test=tested_on(first),
+        metric=metric,
     )
 
 
