@@ -77,6 +77,7 @@ def test_each_is_told_against_the_same_standard():
     assert "TPP by simmim" in said.text
     assert "TPP by mae" in file["arms"][1]["description"]
     assert {(one["tuner"], one["pretext"]) for one in file["tpp"]} == {("lora", ""), ("lora", "simmim")}
+    assert {one["pretext"]: one["views"] for one in file["tpp"]} == {"": ["masked", "restored"], "simmim": []}
     page = (folder / "report.html").read_text()
     for part in ("lora tpp simmim", "lora simmim, 12 labels", "<strong>lora.</strong>"):
         assert part in page

@@ -26,6 +26,7 @@ from medtpp.report.read import (
     without_folders,
 )
 from medtpp.report.schema import ArmFile, ComparedTPPFile, ComparisonFile, DifferenceFile, MeanFile
+from medtpp.report.words import rows_of_preview
 
 _DONE = "done"
 # Verdict to a sign, so that colour is not all that tells them apart, and the order of telling. "better" and "worse" are
@@ -67,14 +68,14 @@ class Comparison:
         experiment: What all cells share.
         logs: Fine-tuning logs by arm and labels.
         tpp_logs: TPP logs by the title of the stage: its tuner and pretext task, and of controls what they are.
-        previews: What the pretext task restored, of one seed, by the same title.
+        previews: What the pretext task restored, of one seed, by the same title, and what its rows are.
     """
 
     file: ComparisonFile
     experiment: Experiment
     logs: dict[tuple[str, str], list[pd.DataFrame]]
     tpp_logs: dict[str, list[pd.DataFrame]]
-    previews: dict[str, Picture]
+    previews: dict[str, tuple[Picture, str]]
 
 
 def comparison_page(folder: Path) -> str:
@@ -96,6 +97,7 @@ def comparison_page(folder: Path) -> str:
         file=file,
         answer=_answer(file, main),
         main=main,
+        unpaired=_unpaired(file),
         others=others,
         controls=controls,
         scattered=scattered,
@@ -124,12 +126,13 @@ def read_comparison(folder: Path) -> Comparison:
         path = _inside(folder, str(cell.folder)) / "finetune" / "log.csv"
         logs.setdefault((str(cell.arm), str(cell.labels)), []).append(_read_losses(path))
     tpp_logs: dict[str, list[pd.DataFrame]] = {}
-    previews: dict[str, Picture] = {}
+    previews: dict[str, tuple[Picture, str]] = {}
     for stage in file.tpp:
         if stage.log is not None:
             tpp_logs.setdefault(stage.title, []).append(_read_losses(_inside(folder, stage.log)))
         if stage.preview is not None and stage.init == "tpp" and stage.title not in previews:
-            previews[stage.title] = read_picture(_inside(folder, stage.preview), longest=900)
+            picture = read_picture(_inside(folder, stage.preview), longest=900)
+            previews[stage.title] = picture, rows_of_preview(stage.views)
     return Comparison(file, read_experiment(folder / "experiment.yaml"), logs, tpp_logs, previews)
 
 
@@ -163,7 +166,7 @@ def _by_question(differences: Iterable[DifferenceFile]) -> dict[str, list[Differ
 def _answer(file: ComparisonFile, main: list[DifferenceFile]) -> str:
     """How the pairs of TPP and standard came out, in one sentence."""
     if not main:
-        return "No pair of arms differs in TPP alone, so this comparison does not say whether TPP helps."
+        return f"{_unpaired(file)}, so this comparison does not say whether TPP helps."
     counts = Counter[str](one.verdict for one in main)
     if len(main) == 1:
         said = _ONE[main[0].verdict]
@@ -172,11 +175,20 @@ def _answer(file: ComparisonFile, main: list[DifferenceFile]) -> str:
         parts = [text.format(counts[verdict]) for verdict, text in _SEVERAL.items() if counts[verdict]]
         result = f"Of {len(main)} comparisons, {'; '.join(parts)}."
     unit = f" of {plural(file.n_patients, 'patient')}" if file.unit == "patient" else ""
+    least, most = min(one.seeds for one in main), max(one.seeds for one in main)  # fewer than planned where cells failed
     return (
         "Does it help to pre-train the target parameters without labels (TPP), instead of fine-tuning from the tuner's "
         f"own start? {result} Measured by {file.metric_title} on {plural(file.n_cases, 'test case')}{unit}, with "
-        f"{plural(len(file.seeds), 'seed')}."
+        f"{f'{least} to ' if least < most else ''}{plural(most, 'seed')}."
     )
+
+
+def _unpaired(file: ComparisonFile) -> str:
+    """Why there is no difference of TPP and a tuner's own start, without the full stop."""
+    began = {(arm.tuner, arm.init) for arm in file.arms}
+    if any((tuner, "standard") in began for tuner, init in began if init == "tpp"):
+        return "No seed of TPP and of the tuner's own start is done in both"
+    return "No pair of arms differs in TPP alone"
 
 
 def _scale(file: ComparisonFile, tested: list[DifferenceFile]) -> Scale:

@@ -278,6 +278,7 @@ class ComparedTPPFile(FileModel):
     seconds: float
     log: str | None = None
     preview: str | None = None
+    views: list[str] = []  # rows of the preview below the images; [] of older versions
 
     @property
     def title(self) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from medtpp.evaluation.evaluate import metric_title
 from medtpp.report.curves import ClassCurve
 from medtpp.report.page import number, percent, plural, whole
@@ -20,6 +22,11 @@ METRICS: dict[str, tuple[str, bool]] = {
     "brier": ("squared error of the probabilities; 0 is best", False),
     "log_loss": ("penalty for confident errors; 0 is best", False),
 }
+_VIEWS = {
+    "masked": "what the network was shown of it, the hidden patches in grey",
+    "changed": "what the network was shown of it, changed",
+    "restored": "what it restored",
+}
 _FEW_CASES = 100  # the 95% interval of a share of one half is then about 20 points wide
 _STILL = 0.001  # 1 - cosine of features that point within about 2.5 degrees of where they did
 
@@ -29,6 +36,17 @@ def interval(metric: MetricFile, level: float) -> str:
     if metric.low is None or metric.high is None:
         return ""
     return f"{level:.0%} interval {number(metric.low)} to {number(metric.high)}"
+
+
+def rows_of_preview(views: Sequence[str]) -> str:
+    """What the rows of a pretext task's picture are, below the images, by the names of its views.
+
+    A sum of tasks has those of each, with its name before them. Files of older versions name none.
+    """
+    if not views:
+        return "what the network was shown of it; what it restored"
+    told = [view.rpartition(" ") for view in views]
+    return "; ".join((f"{task}: " if task else "") + _VIEWS.get(view, view) for task, _, view in told)
 
 
 def answer(evaluation: EvaluationFile, curves: list[ClassCurve], tpp: StageFile | None) -> list[str]:

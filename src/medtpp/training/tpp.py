@@ -154,12 +154,12 @@ def _train(fabric: Fabric, inputs: TPPInputs, folder: Path) -> StageResult:
             monitor=chosen,
             fingerprints=inputs.fingerprints,
         )
-        save_preview(folder / "preview.png", images[:6], pretext, tuned, seeds)
+        views = save_preview(folder / "preview.png", images[:6], pretext, tuned, seeds)
         card = new_card(tuned, inputs.preprocessing, experiment.data.modality, experiment.seed)
         decoder = dense.decoder if dense else None
         save_adapter(folder / "adapter", tuned, card.model_copy(update={"tpp": tpp}), decoder=decoder)
         finish(folder)
-        write_json(folder / MARKER, result.summary())
+        write_json(folder / MARKER, {**result.summary(), "views": views})
     return result
 
 
@@ -340,18 +340,25 @@ def head_groups(pretext: Pretext, dense: DenseReconstruction | None, rate: float
     return [Group(name, parameters, rate) for name, parameters in heads.items()]
 
 
-def save_preview(path: Path, images: Tensor, pretext: Pretext, backbone: backbones.Backbone, seeds: Seeds) -> None:
-    """A picture of what the pretext task does: a column for each image, the image on top of the task's views of it."""
+def save_preview(
+    path: Path, images: Tensor, pretext: Pretext, backbone: backbones.Backbone, seeds: Seeds
+) -> list[str]:
+    """A picture of what the pretext task does: a column for each image, the image on top of the task's views of it.
+
+    Returns:
+        The names of the views, from top to bottom; without one there is no picture.
+    """
     from PIL import Image
 
     cases = torch.arange(len(images), device=images.device)
     views = pretext.preview(backbone, images, seeds.draws(cases * 0, cases))
     if not views:
-        return
+        return []
     rows = [_flat(view) for view in (images, *views.values())]  # each (B, 3, H, W)
     sheet = torch.cat([torch.cat(list(row), dim=2) for row in rows], dim=1).permute(1, 2, 0)
     with atomic(path) as temporary:
         Image.fromarray((sheet * 255).round().byte().cpu().numpy()).save(temporary, format="PNG")
+    return list(views)
 
 
 def _flat(images: Tensor) -> Tensor:
