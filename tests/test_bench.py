@@ -2,6 +2,8 @@
 
 import mmap
 import os
+import platform
+import subprocess
 import sys
 
 import pytest
@@ -100,6 +102,32 @@ def test_rounds_go_there_and_back(monkeypatch):
     both = [("linear", "finetune"), ("lora", "tpp"), ("lora", "finetune")]
     assert seen == [("bitfit", "tpp"), ("bitfit", "finetune"), *both, *both[::-1], *both]
     assert found.errors == [("bitfit", "tpp", "broken"), ("bitfit", "finetune", "broken")]
+
+
+# A process that does many jobs: 100 MB in small blocks, then 500 MB between blocks that stay, then the same 100 MB.
+_JOBS = """
+import torch
+from medtpp.training.memory import PeakMemory
+def blocks(count): return [torch.ones(25_000) for _ in range(count)]
+def job():
+    memory = PeakMemory(torch.device("cpu"))
+    kept = blocks(1000)
+    return memory.mib()
+first = job()
+many, pins = [], []
+for _ in range(100):
+    many += blocks(50)
+    pins.append(torch.ones(10))
+del many
+print(first, job())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc" or sys.platform != "linux", reason="others cannot give it back")
+def test_the_peak_does_not_depend_on_what_was_done_before():
+    said = subprocess.run([sys.executable, "-c", _JOBS], capture_output=True, text=True, check=True).stdout
+    first, second = map(float, said.split())
+    assert abs(second - first) < 30
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the peak is that of the process so far")

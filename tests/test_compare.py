@@ -2,6 +2,7 @@ import csv
 import json
 import shutil
 from dataclasses import asdict, replace
+from statistics import median
 
 import pytest
 
@@ -62,6 +63,11 @@ def test_every_cell_is_done_and_told():
     for (arm, labels), value in means.items():
         own = [float(row["auc"]) for row in rows if (row["arm"], row["labels"]) == (arm, labels)]
         assert value == pytest.approx(sum(own) / 2)
+    for mean in summary["means"]:
+        own = [row for row in rows if (row["arm"], row["labels"]) == (mean["arm"], mean["labels"])]
+        peaks = [max(float(row[name] or 0) for name in ("peak_memory_mib", "tpp_peak_memory_mib")) for row in own]
+        assert mean["peak_memory_mib"] == pytest.approx(median(peaks))
+        assert all(bool(row["tpp_peak_memory_mib"]) == (row["init"] == "tpp") for row in own)
     for row in summary["differences"]:
         assert row["value"] == pytest.approx(means["lora tpp", row["labels"]] - means["lora standard", row["labels"]])
     assert max(map(len, said.out.splitlines())) <= 80

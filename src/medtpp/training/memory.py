@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import platform
 from pathlib import Path
 
@@ -17,11 +18,15 @@ _MMAP_THRESHOLD = -3  # of glibc's mallopt
 class PeakMemory:
     """Counts from its making on: memory allocated on a CUDA device, else resident memory of the process.
 
-    Where the system cannot start the count anew (all but Linux), the peak is that of the process so far.
+    What earlier work of the process has freed is given back to the system first, where the C library is glibc, so that
+    it is not counted. Where the system cannot start the count anew (all but Linux), the peak is that of the process so
+    far.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        if device.type != "cuda":
+            _give_back()
         self.before = psutil.Process().memory_info().rss / 2**20
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
@@ -45,6 +50,13 @@ class PeakMemory:
     def added_mib(self) -> float:
         """The peak on a CUDA device; else what the process had at the peak beyond what it had when counting began."""
         return self.mib() if self.device.type == "cuda" else self.mib() - self.before
+
+
+def _give_back() -> None:
+    """Free what nothing holds any more; what glibc keeps of it in its heap goes back to the system."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def give_back_at_once() -> None:

@@ -164,7 +164,7 @@ def _row(comparison: Comparison, cell: Cell, out: Path) -> dict[str, Any]:
         row[name] = stage[name]
     if cell.starts and cell.starts[-1].origin is None:
         pretext = read_json(cell.starts[-1].folder(out) / MARKER)
-        for name in ("steps", "seconds", "pretext_loss_on", "pretext_loss_off", "feature_drift"):
+        for name in ("steps", "seconds", "peak_memory_mib", "pretext_loss_on", "pretext_loss_off", "feature_drift"):
             row[f"tpp_{name}"] = pretext[name]
     return row
 
@@ -183,6 +183,7 @@ def _mean(arm: Arm, labels: str, scores: Scores | None, rows: list[dict[str, Any
         return MeanFile(arm=arm.name, labels=labels, seeds=0)
     estimate = scores.mean()
     spent = [row["tpp_seconds"] for row in done if "tpp_seconds" in row]
+    peaks = [max(row["peak_memory_mib"], row.get("tpp_peak_memory_mib", 0.0)) for row in done]  # one stage at a time
     return MeanFile(
         arm=arm.name,
         labels=labels,
@@ -192,7 +193,7 @@ def _mean(arm: Arm, labels: str, scores: Scores | None, rows: list[dict[str, Any
         high=estimate.high,
         seconds=median(row["seconds"] for row in done),
         tpp_seconds=median(spent) if spent else None,
-        peak_memory_mib=max(row["peak_memory_mib"] for row in done),
+        peak_memory_mib=median(peaks),
         target_parameters=done[0]["target_parameters"],
     )
 
