@@ -80,6 +80,8 @@ def time_steps(data: PreparedData, experiment: Experiment, folder: Path) -> Timi
     tpp_step = tpp_rest = memory = 0.0
     start = None
     if prepared.experiment.tpp.enabled:
+        # The first stage of a process also starts libraries up, for which "longer" would get steps.
+        tpp_stage(_shortened(prepared, "tpp", head_warmup=0, steps=1), folder / "first", _tell)
         short = _shortened(prepared, "tpp", head_warmup=0)
         tpp_step, tpp_rest = _timed(lambda: tpp_stage(short, folder / "tpp", _tell), folder / "tpp")
         start = folder / "tpp" / "adapter"
@@ -107,7 +109,7 @@ def refuse(reason: str) -> None:
 
 def _shortened(prepared: Prepared, section: str, **update: Any) -> Prepared:
     options = getattr(prepared.experiment, section)
-    options = options.model_copy(update={"steps": MEASURED, "checkpoint_every": 0, **update})
+    options = options.model_copy(update={"steps": MEASURED, "checkpoint_every": 0} | update)
     return replace(prepared, experiment=prepared.experiment.model_copy(update={section: options}))
 
 
