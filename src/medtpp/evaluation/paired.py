@@ -30,9 +30,7 @@ from medtpp.evaluation.segmentation import overall_means
 from medtpp.evaluation.segmentation_table import METRICS, Segmentations
 from medtpp.files import digest
 
-Verdict = Literal[
-    "helps", "hurts", "better", "worse", "equivalent", "no difference seen", "too few seeds", "undefined"
-]
+Verdict = Literal["helps", "hurts", "better", "worse", "equivalent", "no difference seen", "too few seeds", "undefined"]
 Floats = NDArray[np.float64]
 
 LOWER_IS_BETTER = frozenset({"ece", "brier", "log_loss", "hd95"})

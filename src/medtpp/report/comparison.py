@@ -175,7 +175,8 @@ def _answer(file: ComparisonFile, main: list[DifferenceFile]) -> str:
         parts = [text.format(counts[verdict]) for verdict, text in _SEVERAL.items() if counts[verdict]]
         result = f"Of {len(main)} comparisons, {'; '.join(parts)}."
     unit = f" of {plural(file.n_patients, 'patient')}" if file.unit == "patient" else ""
-    least, most = min(one.seeds for one in main), max(one.seeds for one in main)  # fewer than planned where cells failed
+    counted = [one.seeds for one in main]  # fewer than planned where cells failed
+    least, most = min(counted), max(counted)
     return (
         "Does it help to pre-train the target parameters without labels (TPP), instead of fine-tuning from the tuner's "
         f"own start? {result} Measured by {file.metric_title} on {plural(file.n_cases, 'test case')}{unit}, with "

@@ -340,9 +340,7 @@ def head_groups(pretext: Pretext, dense: DenseReconstruction | None, rate: float
     return [Group(name, parameters, rate) for name, parameters in heads.items()]
 
 
-def save_preview(
-    path: Path, images: Tensor, pretext: Pretext, backbone: backbones.Backbone, seeds: Seeds
-) -> list[str]:
+def save_preview(path: Path, images: Tensor, pretext: Pretext, backbone: backbones.Backbone, seeds: Seeds) -> list[str]:
     """A picture of what the pretext task does: a column for each image, the image on top of the task's views of it.
 
     Returns:

@@ -317,9 +317,7 @@ def _refuse_other_data(out: Path, now: dict[str, Any]) -> None:
         return
     before = read_json(out / _INPUTS) if (out / _INPUTS).is_file() else {}
     now = {name: value for name, value in now.items() if name in before or name != _FOREIGN}  # they may be added
-    changed = [
-        name for name in now if name != _EXPERIMENT and json.dumps(before.get(name)) != json.dumps(now[name])
-    ]
+    changed = [name for name in now if name != _EXPERIMENT and json.dumps(before.get(name)) != json.dumps(now[name])]
     if changed:
         raise ConfigError(
             f"{out} was made otherwise, so its cells and new ones could not be compared. Use --overwrite, or another "
