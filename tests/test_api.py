@@ -2,9 +2,7 @@ import random
 import re
 
 import numpy as np
-import peft
 import pytest
-import timm
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
@@ -13,45 +11,7 @@ import medtpp
 from medtpp.errors import ConfigError, DataError, OutputError, WeightsError
 from medtpp.seeds import Seeds
 from runs import SIZE, backbone_folder, data_folder, done
-
-BRIEF = {"steps": 3, "batch_size": 4, "head_warmup": 1, "precision": "32"}
-
-
-def normalised(count=8, size=SIZE):
-    """(count, 3, size, size) as a timm model's own forward takes them."""
-    return torch.randn(count, 3, size, size, generator=Seeds(0).generator("images"))
-
-
-def unit(count=8):
-    """(count, 1, SIZE, SIZE) in [0, 1]."""
-    return torch.rand(count, 1, SIZE, SIZE, generator=Seeds(0).generator("images"))
-
-
-def vit(classes=0, **options):
-    with Seeds(0).scope("vit"):
-        return timm.create_model("test_vit", img_size=SIZE, num_classes=classes, **options)
-
-
-def lora(classes=0, **config):
-    """What a user of peft has: a timm ViT with LoRA, in training mode."""
-    with Seeds(0).scope("lora"):
-        return peft.get_peft_model(vit(classes), peft.LoraConfig(target_modules=["qkv"], r=4, **config)).train()
-
-
-def attached(tuner="lora"):
-    return medtpp.attach(medtpp.load(str(backbone_folder()), image_size=SIZE), tuner)
-
-
-def state(model):
-    return {name: value.clone() for name, value in model.state_dict().items()}
-
-
-def changed(before, model):
-    return {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
-
-
-def trainable(model):
-    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+from small_vits import BRIEF, attached, changed, lora, normalised, random_states, state, trainable, unit, vit
 
 
 class Pairs(Dataset):
@@ -136,10 +96,6 @@ def test_the_pretext_loss_falls():
 # What is as it was
 
 
-def random_states():
-    return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()  # noqa: NPY002
-
-
 @pytest.mark.parametrize("broken", [None, 5])
 def test_all_else_is_as_it_was_after_an_exception_too(broken):
     model = lora(classes=3, modules_to_save=["head"])
@@ -151,6 +107,7 @@ def test_all_else_is_as_it_was_after_an_exception_too(broken):
     parameters[some].grad = torch.ones_like(parameters[some])
     modes = {name: module.training for name, module in model.named_modules()}
     grads = {name: parameter.grad for name, parameter in parameters.items()}
+    values = {name: gradient.clone() for name, gradient in grads.items() if gradient is not None}
     before, randomness = state(model), random_states()
 
     if broken is None:
@@ -163,6 +120,7 @@ def test_all_else_is_as_it_was_after_an_exception_too(broken):
     assert {name: module.training for name, module in model.named_modules()} == modes
     assert trainable(model) == wanted
     assert all(parameter.grad is grads[name] for name, parameter in model.named_parameters())
+    assert all(torch.equal(grads[name], value) for name, value in values.items())
     assert random_states() == randomness
 
 

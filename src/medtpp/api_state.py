@@ -17,7 +17,8 @@ from medtpp.seeds import Seeds
 def restored(model: nn.Module, wanted: Mapping[str, nn.Parameter], seeds: Seeds) -> Iterator[None]:
     """Modes, requires_grad, gradients, buffers and random state as they were; after an exception the wanted, too.
 
-    Buffers, since a network of one's own may change some whenever it is called.
+    Buffers, since a network of one's own may change some whenever it is called. Inside, no parameter has a gradient at
+    first: training would add to what is there, and clip it in place.
 
     Args:
         model: Whose state is kept.
@@ -30,6 +31,8 @@ def restored(model: nn.Module, wanted: Mapping[str, nn.Parameter], seeds: Seeds)
     values = {name: parameter.detach().clone() for name, parameter in wanted.items()}
     with random_state(seeds):
         try:
+            for parameter in flags:
+                parameter.grad = None
             yield
         except BaseException:
             with torch.no_grad():

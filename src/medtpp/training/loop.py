@@ -138,6 +138,7 @@ def fit(
         betas=(0.9, 0.999),
     )
     model, wrapped = fabric.setup(module, optimizer)
+    wrapped.zero_grad()  # of gradients that a user's script left
     hooks = hooks or Hooks()
     state = RunState(parameters, wrapped, hooks.buffers())  # after `setup`, which moves buffers to new places
     record = Record(seconds=spent)
