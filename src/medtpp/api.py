@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 
 from medtpp import backbones
 from medtpp.adapter import Adapter, TaskCard, TPPCard, new_card, save_adapter
+from medtpp.api_checks import check_saved
 from medtpp.api_data import Images, UserStream, check_range, count, first_images, scaled
 from medtpp.api_state import random_state, restored
 from medtpp.backbones import Backbone
@@ -279,13 +280,12 @@ def save(
         overwrite: Replace what the folder holds.
 
     Raises:
+        ConfigError: The model does not take square images of two dimensions, or channels are not known, or not 1 or 3.
         OutputError: The folder is not empty, or cannot be written.
         WeightsError: The backbone was wrapped in memory, so nobody else could load it.
     """
-    channels = channels or model.seen_channels
-    if channels is None:
-        raise ConfigError("Say how many channels the images have: medtpp.save(..., channels=1) for grey, 3 for colour.")
-    preprocessing = Preprocessing.model_validate({"image_size": model.spec.image_size[0], "channels": channels})
+    side, channels = check_saved(model, channels)
+    preprocessing = Preprocessing.model_validate({"image_size": side, "channels": channels})
     card = new_card(model, preprocessing, modality, seed=0)
     update: dict[str, Any] = {"tpp": tpp.card if tpp else None}
     if task is not None:
