@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from torch import nn
 
 import medtpp
 from medtpp import backbones, tuners
 from medtpp.config import BackboneOptions
 from medtpp.errors import ConfigError
+from plain_networks import made
 from small_vits import BRIEF, attached, lora, normalised, state, unit
 
 # What a training script leaves behind
@@ -38,6 +40,33 @@ def test_gradients_that_were_there_take_no_part_in_fine_tuning():
     after = state(second)
     assert all(torch.equal(value, after[name]) for name, value in state(first).items())
     assert all(bool((gradient == 9).all()) for gradient in held)
+
+
+# Weights in other precisions
+
+
+@pytest.mark.parametrize("model", [lora, attached, made], ids=["of timm", "attached", "plain"])
+@pytest.mark.parametrize(("dtype", "option"), [("bfloat16", "bf16"), ("float16", "16"), ("float64", None)])
+def test_weights_must_be_in_float32(model, dtype, option):
+    network = model().to(getattr(torch, dtype))
+    images = unit() if model is attached else normalised()
+    before = state(network)
+    for given in (images, images.to(getattr(torch, dtype))):
+        with pytest.raises(
+            ConfigError, match=rf"is in torch\.{dtype}.*model\.float\(\).*model\.to\(torch\.{dtype}"
+        ) as caught:
+            medtpp.tpp(network, given, **BRIEF)
+        assert (f"precision='{option}'" in str(caught.value)) is (option is not None)
+    assert all(torch.equal(value, before[name]) for name, value in state(network).items())
+    if model is attached:
+        with pytest.raises(ConfigError, match="needs float32"):
+            medtpp.finetune(network, images, list("ab" * 4), steps=2)
+
+
+def test_only_what_is_trained_must_be_in_float32():
+    """A model may hold another part, such as an encoder of text, in a precision of its own."""
+    model = nn.ModuleDict({"text": nn.Linear(4, 4, dtype=torch.bfloat16).requires_grad_(False), "image": lora()})
+    assert medtpp.tpp(model, normalised(), **BRIEF).trained
 
 
 # What is no adapter folder

@@ -113,7 +113,8 @@ def tpp(
             batch size; `learning_rate` is 1e-3 unless the tuner says otherwise.
 
     Raises:
-        ConfigError: The model gives no features, nothing can be trained, or the images or options do not fit.
+        ConfigError: The model gives no features or is not in float32, nothing can be trained, or the images or options
+            do not fit.
         DataError: The images are of another size than the model's.
     """
     chosen = _options(TPPOptions, options)
@@ -136,6 +137,7 @@ def tpp(
             backbone = model
         else:
             raise ConfigError("features names a module in a model of your own; a medtpp backbone has its features.")
+        backbones.check_float32(backbone)
         tuner = model.tuner.name if isinstance(model, TunedBackbone) else None
         kind = AutoPretext if wish["name"] == "auto" else PRETEXTS.get(str(wish["name"])).Options
         pretext_options = resolve_pretext(_options(kind, wish), backbone.spec, tuner)
@@ -213,7 +215,7 @@ def finetune(
         options: Fields of `FinetuneOptions`. The weights of the last step are kept: there is no validation set here.
 
     Raises:
-        ConfigError: Images and labels do not fit together, or labels are no names.
+        ConfigError: Images and labels do not fit together, labels are no names, or the model is not in float32.
     """
     if not isinstance(model, TunedBackbone):
         raise ConfigError(f"medtpp.finetune takes what medtpp.attach gave, not a {type(model).__name__}.")
@@ -227,6 +229,7 @@ def finetune(
     classes = tuple(sorted(set(labels)))
     if len(classes) < 2:
         raise ConfigError(f"At least two classes are needed; the labels hold {', '.join(classes) or 'none'}.")
+    backbones.check_float32(model)
     check_range(images, unit=True)
     model.seen_channels = images.shape[1]
     seeds = Seeds(seed)

@@ -20,7 +20,7 @@ from medtpp.backbones.base import (
     match_channels,
     other_dims,
 )
-from medtpp.backbones.plain import tensors_in, wrap_plain
+from medtpp.backbones.plain import check_float32, tensors_in, wrap_plain
 from medtpp.config import BACKBONES, BackboneOptions
 from medtpp.errors import ConfigError
 
@@ -35,6 +35,7 @@ __all__ = [
     "Layout",
     "Spec",
     "Stage",
+    "check_float32",
     "describe_lacking",
     "find",
     "gather_tokens",

@@ -77,6 +77,7 @@ def wrap_plain(network: nn.Module, image_size: tuple[int, ...], channels: int, f
     Raises:
         ConfigError: There is no such module, the network cannot be run on such images, or its output is no features.
     """
+    check_float32(network)
     module = _locate(network, features)
     kind = type(network).__name__
     name = f"{features} of {kind}" if features else kind
@@ -124,6 +125,22 @@ def wrap_plain(network: nn.Module, image_size: tuple[int, ...], channels: int, f
         sha256="",
     )
     return PlainBackbone(network, spec, module, number, channels_last, shape)
+
+
+def check_float32(network: nn.Module) -> None:
+    """Raise ConfigError where weights are in another precision, such as bfloat16, in which many were downloaded."""
+    values = (parameter.dtype for parameter in network.parameters() if parameter.is_floating_point())
+    found = next((dtype for dtype in values if dtype != torch.float32), None)
+    if found is None:
+        return
+    mixed = {
+        torch.bfloat16: " precision='bf16' computes in bfloat16.",
+        torch.float16: " precision='16' computes in float16.",
+    }
+    raise ConfigError(
+        f"The model is in {found}; training here needs float32 weights: model.float() first, and model.to({found}) "
+        f"afterwards.{mixed.get(found, '')}"
+    )
 
 
 class _Enough(BaseException):
