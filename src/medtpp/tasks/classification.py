@@ -45,7 +45,8 @@ class Classification(Task):
         self.multilabel = multilabel
         self.pooling = spec.pooling if options.pooling == "auto" else options.pooling
         self.norm = nn.LayerNorm(spec.width)
-        self.linear = nn.Linear(spec.width, len(classes))
+        with seeds.scope("head"):
+            self.linear = nn.Linear(spec.width, len(classes))
         with torch.no_grad():
             self.linear.weight.normal_(std=0.02, generator=seeds.generator("head"))
             self.linear.bias.zero_()
