@@ -1,6 +1,7 @@
 """The Decathlon's and nnU-Net's folders: both schemas of dataset.json, channels, what is said of broken ones."""
 
 import json
+import unicodedata
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -117,6 +118,30 @@ def test_a_number_at_the_end_of_a_listed_name_is_no_channel(tmp_path):
         ("imagesTr/p_0000.nii.gz", ()),
         ("imagesTr/p_0001.nii.gz", ()),
     ]
+
+
+# Names from several systems
+
+
+@pytest.mark.parametrize("forms", [("NFC", "NFD", "NFC"), ("NFD", "NFC", "NFC"), ("NFC", "NFC", "NFD")])
+def test_umlauts_of_other_systems_are_the_same_letters(tmp_path, forms):
+    """Those of images, of masks and of dataset.json."""
+    image, mask, told = (lambda name, form=form: unicodedata.normalize(form, name) for form in forms)
+    listed = {"image": told("imagesTr/Süd.nii.gz"), "label": told("labelsTr/Süd.nii.gz")}
+    content = {"labels": LABELS, "training": [listed], "test": [told("imagesTs/Ost-é.nii.gz")]}
+    names = [image("imagesTr/Süd_0000.nii.gz"), mask("labelsTr/Süd.nii.gz"), image("imagesTs/Ost-é.nii.gz")]
+    names = [*names, mask("labelsTs/Ost-é.nii.gz")]
+    test, training = read(make(tmp_path / "1", content, *names)).cases[::-1]
+    assert (training.id, training.mask) == (names[0], tmp_path / "1" / names[1])
+    assert (test.id, test.mask) == (names[2], tmp_path / "1" / names[3])
+    assert all(case.image.is_file() and case.mask.is_file() for case in (training, test))
+
+    content = {"labels": LABELS, "file_ending": ".nii.gz", "channel_names": {"0": "T1", "1": "T2"}}
+    dataset = read(make(tmp_path / "2", content, names[0], told("imagesTr/Süd_0001.nii.gz"), names[1]))
+    (case,) = dataset.cases
+    assert dataset.problems == ()
+    assert (case.id, case.mask) == (names[0], tmp_path / "2" / names[1])
+    assert len(case.channels) == 1
 
 
 # nnU-Net

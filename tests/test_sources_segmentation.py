@@ -1,5 +1,6 @@
 """Image and mask folders, manifests with masks, names of structures."""
 
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -198,6 +199,20 @@ def test_pairing_loses_nothing(images, stems):
     assert sorted(told) == sorted(masks)
     assert sum(not name.endswith(".tif") for name in doubled) == sum(stem in pairing.doubled for stem, _ in images)
     assert pairing.masks.keys() <= {stem for stem, _ in images} - pairing.doubled.keys()
+
+
+@pytest.mark.parametrize("forms", [("NFC", "NFD"), ("NFD", "NFC"), ("NFD", "NFD")])
+def test_umlauts_of_other_systems_are_the_same_letters(tmp_path, forms):
+    """Names of masks that were made on a Mac, of images that were not."""
+    image, mask = (lambda name, form=form: unicodedata.normalize(form, name) for form in forms)
+    touch(tmp_path, *map(image, ("images/Müller.png", "images/é/1.png", "images/ü/scan.png")))
+    touch(tmp_path, *map(mask, ("masks/Müller_mask.png", "masks/é/1.png", "masks/ü/scan/Segmentation.png")))
+    dataset = read(tmp_path)
+    assert dataset.problems == ()
+    found = {case.id: case.mask for case in dataset.cases}
+    assert found.keys() == set(map(image, ("images/Müller.png", "images/é/1.png", "images/ü/scan.png")))
+    assert found[image("images/Müller.png")] == tmp_path / mask("masks/Müller_mask.png")
+    assert all(case.image.is_file() and case.mask.is_file() for case in dataset.cases)
 
 
 # Manifests

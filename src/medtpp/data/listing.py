@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,6 +33,15 @@ def stem_of(name: str) -> str:
     """
     stem, suffix = split_suffix(name)
     return stem if suffix in IMAGE_SUFFIXES | DICOM_SUFFIXES else name
+
+
+def spelled(name: str) -> str:
+    """A name in one of the ways to write its letters (NFC), to compare it with another.
+
+    Macs cut an umlaut in two signs where other systems have one, and copies keep that. Files are opened by the name
+    that they have.
+    """
+    return unicodedata.normalize("NFC", name)
 
 
 def list_images(folder: Path) -> tuple[list[str], list[str]]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from medtpp.config import DataOptions
 from medtpp.data.case import Case, Dataset, Problem
-from medtpp.data.listing import DICOM_SUFFIXES, list_images, stem_of
+from medtpp.data.listing import DICOM_SUFFIXES, list_images, spelled, stem_of
 from medtpp.data.problems import agree, count, first_few
 from medtpp.errors import DataError
 
@@ -79,8 +79,8 @@ class ImageFile:
 
     @property
     def stem(self) -> str:
-        """The name without its suffix, to pair it with a mask."""
-        return self.name if len(self.files) > 1 else stem_of(self.name)
+        """The name without its suffix, `spelled` to pair it with a mask."""
+        return spelled(self.name if len(self.files) > 1 else stem_of(self.name))
 
     @property
     def patient(self) -> str | None:

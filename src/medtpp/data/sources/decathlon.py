@@ -21,7 +21,7 @@ from pydantic import BaseModel, StrictInt, StrictStr, ValidationError
 
 from medtpp.config import SOURCES, DataOptions
 from medtpp.data.case import Case, Dataset, Problem, Structure
-from medtpp.data.listing import IMAGE_SUFFIXES, PLANE_SUFFIXES, list_images, split_suffix
+from medtpp.data.listing import IMAGE_SUFFIXES, PLANE_SUFFIXES, list_images, spelled, split_suffix
 from medtpp.data.problems import agree, count, first_few
 from medtpp.data.sources import is_excluded
 from medtpp.data.sources._structures import named_structures, parse_structures
@@ -175,24 +175,32 @@ def _files(root: Path) -> list[str]:
     return sorted(f"{folder}/{name}" for folder in folders for names in list_images(root / folder) for name in names)
 
 
+def _by_spelling(present: Iterable[str]) -> dict[str, str]:
+    """Files by how their names are `spelled`, sorted: dataset.json and files may come from several systems."""
+    return dict(sorted((spelled(name), name) for name in present))
+
+
 def _listed(content: _Content, present: Iterable[str]) -> list[_Entry]:
     """The Decathlon's entries. nnU-Net 1 lists `case.nii.gz` where `case_0000.nii.gz` and so on are."""
-    exact = set(present)
+    files = _by_spelling(present)
     channels: dict[str, dict[int, str]] = defaultdict(dict)
-    for name in present:
+    for name in files:
         stem, suffix = split_suffix(name)
         if match := re.fullmatch(r"(.+)_(\d{4})", stem):
-            channels[match[1] + suffix][int(match[2])] = name
+            channels[match[1] + suffix][int(match[2])] = files[name]
 
     def entry(image: str, mask: str | None, *, training: bool) -> _Entry:
-        images = channels[image] if image not in exact and image in channels else {0: image}
+        same = spelled(image)
+        images = channels[same] if same not in files and same in channels else {0: files.get(same, image)}
         return _Entry(images, mask, training)
 
     def test_mask(image: str) -> str | None:
-        mask = f"labelsTs/{posixpath.basename(image)}"
-        return mask if mask in exact else None
+        return files.get(spelled(f"labelsTs/{posixpath.basename(image)}"))
 
-    training = [entry(_path(pair.image), _path(pair.label), training=True) for pair in content.training]
+    def mask_of(label: str) -> str:
+        return files.get(spelled(label), label)
+
+    training = [entry(_path(pair.image), mask_of(_path(pair.label)), training=True) for pair in content.training]
     return training + [entry(image, test_mask(image), training=False) for image in map(_path, content.test)]
 
 
@@ -202,21 +210,20 @@ def _path(name: str) -> str:
 
 def _by_name(file: Path, ending: str, present: Sequence[str]) -> list[_Entry]:
     """nnU-Net's entries: `imagesTr/CASE_0000.nii.gz` with `labelsTr/CASE.nii.gz`, and the same in Ts."""
+    files = _by_spelling(present)
     channels: dict[tuple[str, str], dict[int, str]] = defaultdict(dict)
-    for name in present:
+    for name in files:
         if match := re.fullmatch(rf"images(Tr|Ts)/(.+)_(\d{{4}}){re.escape(ending)}", name):
-            channels[match[1], match[2]][int(match[3])] = name
+            channels[match[1], match[2]][int(match[3])] = files[name]
     if not any(part == "Tr" for part, _ in channels):
         found = first_few((name for name in present if name.startswith("imagesTr/")), 3) or "nothing"
         raise DataError(
             f"{file.parent}: no file is called imagesTr/CASE_0000{ending}, as nnU-Net has it and file_ending in "
             f"dataset.json says. Found: {found}."
         )
-    exact = set(present)
-    masks = {key: f"labels{key[0]}/{key[1]}{ending}" for key in channels}
     return [
-        _Entry(images, masks[key] if masks[key] in exact else None, training=key[0] == "Tr")
-        for key, images in channels.items()
+        _Entry(images, files.get(f"labels{part}/{case}{ending}"), training=part == "Tr")
+        for (part, case), images in channels.items()
     ]
 
 

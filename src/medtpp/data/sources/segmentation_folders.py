@@ -11,7 +11,7 @@ from typing import ClassVar
 
 from medtpp.config import SOURCES, DataOptions
 from medtpp.data.case import Case, Dataset, Problem
-from medtpp.data.listing import stem_of
+from medtpp.data.listing import spelled, stem_of
 from medtpp.data.problems import agree, count, first_few
 from medtpp.data.sources import ImageFile, find_images, find_masks, scan_problems, split_of
 from medtpp.data.sources._structures import named_structures
@@ -109,7 +109,7 @@ def pair(images: Iterable[tuple[str, str]], masks: Iterable[str]) -> Pairing:
     """Find the mask of each image by its stem.
 
     Args:
-        images: Stem and name of each image.
+        images: Stem, as `ImageFile` gives it, and name of each image.
         masks: Names of masks. The whole stem is looked up first, then the stem without an ending such as "_mask", then
             the folder, in which viewers save a segmentation under a name of their own.
     """
@@ -119,8 +119,8 @@ def pair(images: Iterable[tuple[str, str]], masks: Iterable[str]) -> Pairing:
     for stem, name in images:
         images_of[stem].append(name)
     for mask in masks:
-        whole = stem_of(mask)
-        looked_up = (whole, _MASK_ENDING.sub("", whole), PurePosixPath(mask).parent.as_posix())
+        whole = spelled(stem_of(mask))
+        looked_up = (whole, _MASK_ENDING.sub("", whole), spelled(PurePosixPath(mask).parent.as_posix()))
         found = next((stem for stem in looked_up if stem in images_of), None)
         if found is None:
             alone.append(mask)
