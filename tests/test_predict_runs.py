@@ -160,6 +160,26 @@ def test_output_folders_are_not_mixed_up(tmp_path):
     assert [path.name for path in foreign.iterdir()] == ["experiment.yaml"]
 
 
+def test_masks_of_an_earlier_prediction_are_no_scans(tmp_path):
+    """Wherever below the scans they lie; other folders with a file of that name are as all others."""
+    scan, folder = tmp_path / "in", adapter(tmp_path / "adapter")
+    scans(scan, "a")
+    (scan / "b").mkdir()
+    (scan / "b" / "inputs.json").write_text('{"inputs": {}}')
+    scans(scan / "b", "b")
+    first = done("predict", folder, scan, "-o", scan / "by day" / "masks", "--probabilities")
+    assert "left out" not in first.text
+    second = done("predict", folder, scan, "-o", tmp_path / "out")
+    assert "6 files that medtpp predict wrote are left out." in second.text
+    assert {case for case, _ in table(tmp_path / "out")} == {"a.nii.gz", "b/b.nii.gz"}
+    with pytest.warns(UserWarning, match="6 files that medtpp predict wrote are left out"):
+        again = medtpp.predict(load_adapter(folder), scan, scan / "by day" / "masks", probabilities=True, resume=True)
+    assert again.skipped == ("a.nii.gz", "b/b.nii.gz")
+    mask = scan / "by day" / "masks" / "a.nii.gz"
+    assert "holds nothing but what medtpp predict wrote" in refused("predict", folder, mask.parent, "-o", scan / "no")
+    assert "1 image segmented" in done("predict", folder, mask, "-o", tmp_path / "of a mask").text
+
+
 def test_bad_scans_are_listed_and_the_rest_is_done(tmp_path):
     scans(tmp_path / "in", "abcd")
     broken = tmp_path / "in" / "b.nii.gz"

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -338,7 +339,7 @@ def predict(
     device = next(adapters[0].backbone.parameters()).device
     for other in adapters[1:]:
         share_weights(adapters[0].backbone, other.backbone)
-    cases = image_cases(paths, adapters[0].card.preprocessing)
+    cases = image_cases(paths, adapters[0].card.preprocessing, lambda line: warnings.warn(line, stacklevel=3))
     dense = head(adapters[0])[0].dense
     result: Predictions | Segmented | None
     if dense and output is None:

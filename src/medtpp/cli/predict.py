@@ -100,7 +100,7 @@ def predict(
     from medtpp.inference.segment import SegmentOptions
     from medtpp.training.device import choose_accelerator
 
-    cases = image_cases(images, card.preprocessing)
+    cases = image_cases(images, card.preprocessing, lambda line: errors.print(line, markup=False, soft_wrap=True))
     if segments:
         cases = relative_cases(cases, images, output)
     device = torch.device(choose_accelerator(accelerator))

@@ -5,46 +5,64 @@ from __future__ import annotations
 import os
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from medtpp.data.case import Case
 from medtpp.data.listing import PLANE_SUFFIXES, split_suffix
 from medtpp.data.preprocess import Preprocessing
+from medtpp.data.problems import agree, count
 from medtpp.data.sources import ImageFile, find_images
 from medtpp.data.sources.segmentation_folders import without_masks
 from medtpp.data.volume_preprocess import VolumePreprocessing
 from medtpp.errors import DataError
+from medtpp.files import read_json
 
+INPUTS = "inputs.json"  # in a folder of masks: what they depend on
 # Suffixes of volumes, and of masks in the same format: one file, also where the volume has header and voxels apart.
 VOLUMES = {".nii": ".nii", ".nii.gz": ".nii.gz", ".nrrd": ".nrrd", ".nhdr": ".nrrd", ".mha": ".mha", ".mhd": ".mha"}
 
 
-def image_cases(paths: Sequence[Path], preprocessing: Preprocessing | VolumePreprocessing) -> list[Case]:
+def image_cases(
+    paths: Sequence[Path],
+    preprocessing: Preprocessing | VolumePreprocessing,
+    tell: Callable[[str], None] | None = None,
+) -> list[Case]:
     """Cases for image files, and for all images and scans in folders; ids are the paths as given.
+
+    In folders, masks that medtpp predicted are no images; a file that is named is taken.
 
     Args:
         paths: Files and folders.
         preprocessing: Of the adapter. Where it wants several channels, nnU-Net's `CASE_0000.nii.gz`, `CASE_0001.nii.gz`
             and so on make one case, `CASE.nii.gz`.
+        tell: Called with a line about what was left out, if anything was.
 
     Raises:
         DataError: A path does not exist, a folder holds no images, or there is none at all.
     """
     cases: dict[str, Case] = {}
     wrong = []
+    left_out = []
     for path in paths:
         found = without_masks(find_images(path)[0]) if path.is_dir() else [ImageFile(path.name, path)]
+        masks = _predicted(path, found) if path.is_dir() else set()
         if not path.exists():
             wrong.append(f"{path} does not exist")
         elif not found:
             wrong.append(f"{path} holds no images")
+        elif len(masks) == len(found):
+            wrong.append(f"{path} holds nothing but what medtpp predict wrote; name files to predict them all the same")
+        left_out += sorted(masks)
         for image in found:
             name = (path / image.name).as_posix() if path.is_dir() else path.as_posix()
-            cases.setdefault(name, Case(name, image.image, patient=image.patient, files=image.files))
+            if image.name not in masks:
+                cases.setdefault(name, Case(name, image.image, patient=image.patient, files=image.files))
     if wrong:
         raise DataError("There is nothing to predict in:", wrong)
+    if left_out and tell:
+        tell(f"{count(left_out, 'file')} that medtpp predict wrote {agree(left_out, 'is', 'are')} left out.")
     channels = len(preprocessing.windows) if isinstance(preprocessing, VolumePreprocessing) else 1
     return _joined(list(cases.values()), channels)
 
@@ -71,6 +89,22 @@ def relative_cases(cases: Sequence[Case], paths: Sequence[Path], output: Path) -
     if not named:
         raise DataError(f"All images lie in the output folder {output}. Name another --output.")
     return list(named.values())
+
+
+def wrote_masks(folder: Path) -> bool:
+    """Whether `medtpp predict` made a folder, for masks."""
+    try:
+        content = read_json(folder / INPUTS)
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and "adapters" in content
+
+
+def _predicted(folder: Path, images: Sequence[ImageFile]) -> set[str]:
+    """Names of images of a folder that lie where `medtpp predict` wrote masks."""
+    above = {image.name: image.image.relative_to(folder).parents for image in images}
+    made = {place for place in {place for places in above.values() for place in places} if wrote_masks(folder / place)}
+    return {name for name, places in above.items() if not made.isdisjoint(places)}
 
 
 def is_dicom_case(case: Case) -> bool:

@@ -32,6 +32,7 @@ from medtpp.data.case import Case
 from medtpp.data.volume_preprocess import VolumePreprocessing
 from medtpp.errors import DataError, OutputError, WeightsError
 from medtpp.files import digest, prepare_folder, read_json, write_json, write_text
+from medtpp.inference.cases import INPUTS, wrote_masks
 from medtpp.inference.ensemble import check_alike, head
 from medtpp.inference.masks import Format, Target, measured, plan_targets, write_case
 from medtpp.inference.scans import Scan, read_ahead, reason
@@ -39,7 +40,7 @@ from medtpp.inference.sliding import SlidingWindow, as_member
 from medtpp.inference.stored import patches_at_once
 from medtpp.inference.write import write_probability
 
-INPUTS, VOLUMES = "inputs.json", "volumes.csv"
+VOLUMES = "volumes.csv"
 _COLUMNS = ["case", "structure", "volume", "unit"]
 
 
@@ -189,8 +190,8 @@ def _open(folder: Path, inputs: dict[str, Any], *, resume: bool, overwrite: bool
         OutputError: It holds something, and no wish or no right to go on there or to replace it.
     """
     path = folder / INPUTS
-    before = read_json(path) if path.is_file() else {}
-    if folder.is_dir() and any(folder.iterdir()) and (resume or overwrite) and "adapters" not in before:
+    before = read_json(path) if wrote_masks(folder) else {}
+    if folder.is_dir() and any(folder.iterdir()) and (resume or overwrite) and not before:
         raise OutputError(f"{folder} holds something that medtpp predict did not write. Name another folder.")
     prepare_folder(folder, resume=resume, overwrite=overwrite)
     changed = [name for name, value in inputs.items() if before.get(name, value) != value]
