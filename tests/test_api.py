@@ -271,11 +271,19 @@ def test_fine_tuning_leaves_the_random_state_alone():
         (unit, ["a"] * 8, "two classes"),
         (lambda: unit() * 255, ["a", "b"] * 4, "Divide by 255"),
         (lambda: (unit() * 255).byte(), ["a", "b"] * 4, "Divide by 255"),
+        (lambda: unit().numpy(), ["a", "b"] * 4, "of type ndarray: torch.from_numpy(images).float()"),
+        (lambda: TensorDataset(unit()), ["a", "b"] * 4, "of type TensorDataset: torch.stack("),
+        (lambda: unit()[:, 0], ["a", "b"] * 4, "images (N, C, H, W) for this model, not (8, 32, 32)"),
     ],
 )
 def test_fine_tuning_refuses_what_does_not_fit(images, labels, message):
     with pytest.raises(ConfigError, match=re.escape(message)):
         medtpp.finetune(attached(), images(), labels, steps=2)
+
+
+def test_fine_tuning_for_segmentation_is_a_run():
+    with pytest.raises(ConfigError, match=r"For segmentation use medtpp\.run"):
+        medtpp.finetune(attached(), unit(), ["a", "b"] * 4, task="segmentation")
 
 
 def test_fine_tuning_takes_what_attach_gave():

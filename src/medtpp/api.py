@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from medtpp import backbones
 from medtpp.adapter import Adapter, TaskCard, TPPCard, new_card, save_adapter
-from medtpp.api_checks import check_saved
+from medtpp.api_checks import check_labelled, check_saved
 from medtpp.api_data import Images, UserStream, check_range, count, first_images, scaled
 from medtpp.api_state import random_state, restored
 from medtpp.backbones import Backbone
@@ -209,27 +209,20 @@ def finetune(
         model: What `medtpp.attach` gave, after `tpp` or without.
         images: (N, C, S, S) floating point in [0, 1].
         labels: N class names.
-        task: Name of the task.
+        task: Name of the task: one that gives classes of whole images.
         modality: Decides which flips are allowed.
         seed: Of the head, the order and the augmentation.
         precision: "auto", "32", "bf16" or "16".
         options: Fields of `FinetuneOptions`. The weights of the last step are kept: there is no validation set here.
 
     Raises:
-        ConfigError: Images and labels do not fit together, labels are no names, or the model is not in float32.
+        ConfigError: Images are no tensor or do not fit with the labels, labels are no names, the task is segmentation,
+            or the model is not in float32.
     """
     if not isinstance(model, TunedBackbone):
         raise ConfigError(f"medtpp.finetune takes what medtpp.attach gave, not a {type(model).__name__}.")
-    if len(images) != len(labels):
-        raise ConfigError(f"There are {len(images)} images and {len(labels)} labels.")
-    if not all(isinstance(label, str) for label in labels):
-        raise ConfigError(
-            f"Labels are names of classes; here is a {type(labels[0]).__name__}. Numbers become names by "
-            "[names[number] for number in labels]."
-        )
-    classes = tuple(sorted(set(labels)))
-    if len(classes) < 2:
-        raise ConfigError(f"At least two classes are needed; the labels hold {', '.join(classes) or 'none'}.")
+    method = TASKS.get(task)
+    classes = check_labelled(images, labels, method, len(model.spec.image_size))
     backbones.check_float32(model)
     check_range(images, unit=True)
     model.seen_channels = images.shape[1]
@@ -238,7 +231,6 @@ def finetune(
         _options(FinetuneOptions, options), tuner=model.tuner.name, cases=len(images), spec=model.spec, masks=False
     )
     device = next(model.parameters()).device
-    method = TASKS.get(task)
     head: Task = method(method.Options(), model.spec, classes, False, seeds)
     module = SupervisedModule(model, head.to(device), Augmenter(AugmentOptions(), modality))
     targets = torch.tensor([classes.index(label) for label in labels])

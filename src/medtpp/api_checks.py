@@ -2,8 +2,56 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from torch import Tensor
+
 from medtpp.errors import ConfigError
+from medtpp.tasks.base import Task
 from medtpp.tuners import TunedBackbone
+
+
+def check_labelled(images: Tensor, labels: Sequence[str], task: type[Task], dims: int) -> tuple[str, ...]:
+    """The classes among the labels of images, sorted.
+
+    Args:
+        images: As the user gave them.
+        labels: One for each.
+        task: What is to be learnt.
+        dims: Of space, that the model takes.
+
+    Raises:
+        ConfigError: Images are no tensor (N, C, *spatial), or not as many as labels; labels are no names, or all the
+            same; or the task is segmentation.
+    """
+    shape = "(N, C, H, W)" if dims == 2 else "(N, C, D, H, W)"
+    if not isinstance(images, Tensor):
+        advice = (
+            "torch.from_numpy(images).float()"
+            if type(images).__module__ == "numpy"
+            else "torch.stack([image for image, _ in images]) of a Dataset of pairs"
+        )
+        raise ConfigError(
+            f"medtpp.finetune takes a tensor {shape}; images are of type {type(images).__name__}: {advice}."
+        )
+    if images.ndim != 2 + dims:
+        raise ConfigError(f"medtpp.finetune takes images {shape} for this model, not {tuple(images.shape)}.")
+    if task.dense:
+        raise ConfigError(
+            "medtpp.finetune learns classes of images in memory. For segmentation use medtpp.run, on a folder of "
+            "images and masks."
+        )
+    if len(images) != len(labels):
+        raise ConfigError(f"There are {len(images)} images and {len(labels)} labels.")
+    if not all(isinstance(label, str) for label in labels):
+        raise ConfigError(
+            f"Labels are names of classes; here is a {type(labels[0]).__name__}. Numbers become names by "
+            "[names[number] for number in labels]."
+        )
+    classes = tuple(sorted(set(labels)))
+    if len(classes) < 2:
+        raise ConfigError(f"At least two classes are needed; the labels hold {', '.join(classes) or 'none'}.")
+    return classes
 
 
 def check_saved(model: TunedBackbone, channels: int | None) -> tuple[int, int]:
