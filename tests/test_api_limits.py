@@ -1,13 +1,16 @@
 """The library calls at their limits: what a user's model, images and settings may be like."""
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
+from torch.utils.data import DataLoader
 
 import medtpp
 from medtpp import backbones, tuners
 from medtpp.config import BackboneOptions
-from medtpp.errors import ConfigError
+from medtpp.errors import ConfigError, DataError
 from plain_networks import made
 from small_vits import BRIEF, attached, lora, normalised, state, unit
 
@@ -67,6 +70,61 @@ def test_only_what_is_trained_must_be_in_float32():
     """A model may hold another part, such as an encoder of text, in a precision of its own."""
     model = nn.ModuleDict({"text": nn.Linear(4, 4, dtype=torch.bfloat16).requires_grad_(False), "image": lora()})
     assert medtpp.tpp(model, normalised(), **BRIEF).trained
+
+
+# Data sets
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_arrays_are_taken_as_a_loader_takes_them(dtype):
+    arrays = normalised().numpy().astype(dtype)
+    items = [{"path": "a.png", "image": array, "label": np.int64(1)} for array in arrays]
+    models = [lora(), lora(), lora()]
+    for model, images in zip(models, (normalised(), [(array, 0) for array in arrays], items), strict=True):
+        medtpp.tpp(model, images, **BRIEF)
+    first, *others = map(state, models)
+    assert all(torch.equal(value, other[name]) for other in others for name, value in first.items())
+
+
+def test_of_items_the_images_alone_are_put_together():
+    """What a loader of torch would refuse, such as a picture beside the image, does no harm."""
+    items = [{"image": image, "picture": Image.new("L", (4, 4)), "boxes": [0] * n} for n, image in enumerate(unit())]
+    assert medtpp.tpp(attached(), items, **BRIEF).trained
+
+
+@pytest.mark.parametrize(
+    ("item", "words"),
+    [
+        ((Image.new("L", (4, 4)), 3), ["tuple of PIL.Image, int", "Add ToTensor()"]),
+        (torch.zeros(64, 64), ["tensor (64, 64)", "Add a channel: x[None]"]),
+        (np.zeros((64, 64), np.float32), ["array (64, 64)", "Add a channel: x[None]"]),
+        ({"path": "a.png", "sizes": (1, 2)}, ["dict of path: str, sizes: tuple of int, int."]),
+        (np.zeros((3, 8, 8), np.uint8), ["uint8", "floating point"]),
+    ],
+)
+def test_items_without_images_are_described(item, words):
+    with pytest.raises(ConfigError) as caught:
+        medtpp.tpp(lora(), [item] * 8, **BRIEF)
+    assert [word for word in words if word not in str(caught.value)] == [], caught.value
+
+
+def cut(images, number):
+    """The images, of which one lacks a row."""
+    return [image[:, 1:] if place == number else image for place, image in enumerate(images)]
+
+
+@pytest.mark.parametrize(
+    "images",
+    [
+        lambda: cut(normalised(), 3),
+        lambda: cut(normalised(64), 30),  # which is not looked at before
+        lambda: DataLoader(cut(normalised(), 3), batch_size=1),
+    ],
+    ids=["among the first", "later", "loader"],
+)
+def test_images_of_different_sizes_are_told(images):
+    with pytest.raises(DataError, match=r"different sizes: (3x32x32, 3x31x32|3x31x32, 3x32x32)\. Resize or crop"):
+        medtpp.tpp(lora(), images(), **{**BRIEF, "steps": 16})
 
 
 # What is no adapter folder

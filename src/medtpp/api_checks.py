@@ -11,7 +11,7 @@ from medtpp.tasks.base import Task
 from medtpp.tuners import TunedBackbone
 
 
-def check_labelled(images: Tensor, labels: Sequence[str], task: type[Task], dims: int) -> tuple[str, ...]:
+def check_labelled(images: object, labels: Sequence[str], task: type[Task], dims: int) -> tuple[str, ...]:
     """The classes among the labels of images, sorted.
 
     Args:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset, default_convert
 
 from medtpp.backbones import tensors_in
 from medtpp.data.batches import Batch
-from medtpp.errors import ConfigError
+from medtpp.data.problems import first_few
+from medtpp.errors import ConfigError, DataError
 from medtpp.seeds import Seeds
 
 Images = Tensor | Dataset[Any] | DataLoader[Any]
@@ -20,6 +22,7 @@ Images = Tensor | Dataset[Any] | DataLoader[Any]
 FEW = 8
 ITEM, BATCH = (3, 4), (4, 5)  # dimensions of one image or volume with its channels, and of several
 _NAMES = ("pixel_values", "image", "images")  # of transformers, of MONAI
+_PICTURE = "PIL.Image"
 _FAR = 30.0  # normalised images rarely reach 5; raw grey levels reach 255 or thousands
 
 
@@ -58,6 +61,7 @@ class UserStream:
                 shuffle=True,
                 generator=seeds.generator("order"),
                 drop_last=count(images) > batch_size,
+                collate_fn=_collate if targets is None else None,
             )
         self.batch_size = self.loader.batch_size or batch_size
         self.has_targets = targets is not None
@@ -67,6 +71,7 @@ class UserStream:
 
         Raises:
             ConfigError: The loader gives no batches, or batches without images.
+            DataError: A Dataset's images have different sizes.
         """
         step = start
         while step < stop:
@@ -103,6 +108,10 @@ def first_images(images: Images) -> Tensor:
     """A few images, (B, C, *spatial), by which a model and the range of values are judged.
 
     Of a tensor and a DataLoader the first, of a Dataset some from the whole.
+
+    Raises:
+        ConfigError: There are no images.
+        DataError: They have different sizes.
     """
     if isinstance(images, Tensor):
         return find_images(images[:FEW], BATCH)
@@ -114,10 +123,10 @@ def first_images(images: Images) -> Tensor:
                 break
         if not batches:
             raise ConfigError("The DataLoader gives no batches. Is drop_last on with fewer images than a batch?")
-        return torch.cat(batches)[:FEW]
+        return _joined(batches)[:FEW]
     length = count(images)
     places = torch.linspace(0, length - 1, min(FEW, length)).round().int().tolist()
-    return torch.stack([find_images(images[place], ITEM) for place in places])
+    return _collate([images[place] for place in places])
 
 
 def find_images(item: Any, dims: tuple[int, int]) -> Tensor:
@@ -125,13 +134,16 @@ def find_images(item: Any, dims: tuple[int, int]) -> Tensor:
 
     Of a dict, values whose names say that they are images come first.
 
+    Arrays of NumPy become tensors, as a DataLoader makes them.
+
     Args:
         item: What a Dataset or a DataLoader gives.
         dims: `ITEM` or `BATCH`.
 
     Raises:
-        ConfigError: There is none; integers get a hint.
+        ConfigError: There is none; integers, pictures and images without a channel get a hint.
     """
+    given, item = item, default_convert(item)  # type: ignore[no-untyped-call]
     found = [value for value in tensors_in(_images_first(item)) if value.ndim in dims]
     images = next((value for value in found if value.is_floating_point()), None)
     if images is not None:
@@ -142,7 +154,13 @@ def find_images(item: Any, dims: tuple[int, int]) -> Tensor:
             "(divide by 255), normalised as its own forward takes them for any other."
         )
     shape = "(C, H, W)" if dims == ITEM else "(B, C, H, W)"
-    raise ConfigError(f"No image tensor {shape}, of volumes with D before H, was found in {type(item).__name__} items.")
+    what = _described(given)
+    hint = ""
+    if _PICTURE in what:
+        hint = " Add ToTensor() to the Dataset's transform."
+    elif any(value.ndim == dims[0] - 1 for value in tensors_in(item)):
+        hint = " Add a channel: x[None]." if dims == ITEM else " One image is a batch of one: x[None]."
+    raise ConfigError(f"No image tensor {shape}, of volumes with D before H, was found. Items are: {what}.{hint}")
 
 
 def check_range(images: Tensor, *, unit: bool) -> tuple[float, float]:
@@ -175,6 +193,38 @@ def check_range(images: Tensor, *, unit: bool) -> tuple[float, float]:
 def scaled(images: Tensor, low: float, high: float) -> Tensor:
     """Images with the values low to high brought to [0, 1], where pretext tasks change them."""
     return images if (low, high) == (0.0, 1.0) else (images.float() - low) / (high - low)
+
+
+def _collate(items: list[Any]) -> Tensor:
+    """(B, C, *spatial): the images of a Dataset's items, and nothing else of them."""
+    return _joined([find_images(item, ITEM)[None] for item in items])
+
+
+def _joined(images: Sequence[Tensor]) -> Tensor:
+    """Batches as one.
+
+    Raises:
+        DataError: Their images have different sizes.
+    """
+    sizes = dict.fromkeys("x".join(map(str, batch.shape[1:])) for batch in images)
+    if len(sizes) > 1:
+        raise DataError(
+            f"The images have different sizes: {first_few(sizes, 3)}. Resize or crop them to one size in the "
+            "Dataset's transform."
+        )
+    return torch.cat(list(images))
+
+
+def _described(value: Any) -> str:
+    """What a Dataset gave, in words."""
+    name = type(value).__name__
+    if isinstance(value, Tensor | np.ndarray):
+        return f"{'tensor' if isinstance(value, Tensor) else 'array'} {tuple(value.shape)}"
+    if isinstance(value, Mapping):
+        return f"{name} of {first_few(f'{key}: {_described(part)}' for key, part in value.items())}"
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        return f"{name} of {first_few(map(_described, value))}"
+    return _PICTURE if type(value).__module__.partition(".")[0] == "PIL" else name
 
 
 def _images_first(item: Any) -> Any:
