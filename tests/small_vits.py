@@ -35,8 +35,8 @@ def lora(classes=0, **config):
         return peft.get_peft_model(vit(classes), peft.LoraConfig(target_modules=["qkv"], r=4, **config)).train()
 
 
-def attached(tuner="lora"):
-    return medtpp.attach(medtpp.load(str(backbone_folder()), image_size=SIZE), tuner)
+def attached(tuner="lora", seed=0):
+    return medtpp.attach(medtpp.load(str(backbone_folder()), image_size=SIZE), tuner, seed=seed)
 
 
 def state(model):

@@ -151,3 +151,20 @@ def test_a_model_that_no_folder_describes_is_not_saved(tmp_path, sides, channels
         medtpp.save(tmp_path / "adapter", of_size(*sides), channels=channels)
     assert [word for word in words if word not in str(caught.value)] == [], caught.value
     assert not (tmp_path / "adapter").exists()
+
+
+# Seeds in the folder
+
+
+@pytest.mark.parametrize("tuner", ["lora", "fourierft"])
+def test_a_tuner_of_another_seed_is_loaded_as_it_was(tmp_path, tuner):
+    """FourierFT's frequencies are no parameters: they are drawn again from the seed."""
+    model = attached(tuner, seed=3)
+    medtpp.tpp(model, unit(), seed=5, **BRIEF)
+    card = medtpp.load_adapter(medtpp.save(tmp_path / "first", model)).card
+    assert (card.seed, card.tuner_seed) == (5, 3)
+    task = medtpp.finetune(model, unit(), list("ab" * 4), steps=2, precision="32", seed=3)
+    adapter = medtpp.load_adapter(medtpp.save(tmp_path / "second", model, task))
+    assert (adapter.card.seed, adapter.card.tuner_seed) == (3, None)
+    with torch.no_grad():
+        assert torch.equal(adapter.backbone.encode(unit()).tokens, model.eval().encode(unit()).tokens)

@@ -117,6 +117,7 @@ class AdapterCard(Options):
     preprocessing: Preprocessing | VolumePreprocessing
     modality: Modality
     seed: int
+    tuner_seed: int | None = None  # of the tuner's random parts, some of which are drawn again; None: `seed`
     tpp: TPPCard | RandomDirectionCard | None = None
     task: TaskCard | None = None
     trained_on: Fingerprints = Fingerprints()
@@ -162,6 +163,7 @@ def new_card(
         preprocessing=preprocessing,
         modality=modality,
         seed=seed,
+        tuner_seed=None if backbone.start_seed == seed else backbone.start_seed,
     )
 
 
@@ -251,7 +253,8 @@ def load_adapter(folder: str | Path, *, backbone: str | BackboneOptions | None =
         )
     try:
         tuner = TUNERS.get(card.tuner["name"]).Options.model_validate(card.tuner)
-        tuned = tuners.attach(source, tuner, seed=card.seed, loading=True)
+        seed = card.seed if card.tuner_seed is None else card.tuner_seed
+        tuned = tuners.attach(source, tuner, seed=seed, loading=True)
         task = make_task(card.task, tuned, Seeds(card.seed)) if card.task else None
     except (ValidationError, KeyError) as error:
         raise WeightsError(f"{folder / CARD} has options that this medtpp does not know: {error}") from error

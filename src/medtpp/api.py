@@ -176,6 +176,8 @@ def tpp(
         record = fit(
             fabric, module, [*targets, head], stream, schedule_of(chosen), title="TPP", hooks=hooks, spent=spent
         )
+    if isinstance(model, TunedBackbone):
+        model.seen_seed = seed
     card = TPPCard(
         pretext=pretext_options.model_dump(mode="json"),
         steps=number(chosen.steps),
@@ -251,6 +253,7 @@ def finetune(
             title="fine-tuning",
             hooks=Hooks(model.after_step, model.after_step_buffers),
         )
+    model.seen_seed = seed
     return head.eval()
 
 
@@ -282,7 +285,8 @@ def save(
     """
     side, channels = check_saved(model, channels)
     preprocessing = Preprocessing.model_validate({"image_size": side, "channels": channels})
-    card = new_card(model, preprocessing, modality, seed=0)
+    seed = model.start_seed if model.seen_seed is None else model.seen_seed
+    card = new_card(model, preprocessing, modality, seed)
     update: dict[str, Any] = {"tpp": tpp.card if tpp else None}
     if task is not None:
         options, classes = task.options.model_dump(mode="json"), task.classes

@@ -43,9 +43,11 @@ def attach(
         raise ConfigError(f"The tuner {options.name} does not fit {backbone.spec.name}: it needs {lacking}.")
     if method.needs_images and images is None and not loading:
         raise ConfigError("This tuner's start is made from images: give some, attach(backbone, tuner, images=images).")
-    tuned = method.attach(backbone, seed if isinstance(seed, Seeds) else Seeds(seed), images)
+    seeds = seed if isinstance(seed, Seeds) else Seeds(seed)
+    tuned = method.attach(backbone, seeds, images)
     if method.has_targets and not tuned.targets:
         raise ConfigError(f"The tuner {options.name} finds nothing to train in {backbone.spec.name}.")
     tuned.tuner = options
+    tuned.start_seed = seeds.root
     backbone.taken = True
     return tuned

@@ -32,14 +32,18 @@ class TunedBackbone(Backbone):
             gradients.
         relative_rates: Learning rates of targets whose own differs from the tuner's, as shares of it.
         tuner: Options of the tuner that attached it.
+        start_seed: What the tuner's random parts were drawn from.
         seen_channels: Channels of the images it was trained on through the Python API, if it was.
+        seen_seed: Of the last training through the Python API, if there was any.
     """
 
     targets: dict[str, nn.Parameter]
     embed: dict[str, nn.Parameter]
     relative_rates: dict[str, float]
     tuner: MethodOptions
+    start_seed: int
     seen_channels: int | None
+    seen_seed: int | None
 
     def __init__(self, source: Backbone) -> None:
         nn.Module.__init__(self)
@@ -49,7 +53,9 @@ class TunedBackbone(Backbone):
         self.inflation = source.inflation
         self.pretext_heads = source.pretext_heads
         self.options = source.options
+        self.start_seed = 0
         self.seen_channels = None
+        self.seen_seed = None
         self.taken = True
         self.targets = {}
         self.embed = {}
