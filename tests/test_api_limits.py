@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 import medtpp
 from medtpp import backbones, tuners
 from medtpp.config import BackboneOptions
-from medtpp.errors import ConfigError, DataError
+from medtpp.errors import ConfigError, DataError, MedtppError, OutputError
 from plain_networks import made
 from small_vits import BRIEF, attached, lora, normalised, state, unit
 
@@ -43,6 +43,31 @@ def test_gradients_that_were_there_take_no_part_in_fine_tuning():
     after = state(second)
     assert all(torch.equal(value, after[name]) for name, value in state(first).items())
     assert all(bool((gradient == 9).all()) for gradient in held)
+
+
+@pytest.mark.parametrize("model", [lora, attached])
+def test_a_script_without_gradients_does_no_harm(model):
+    images = unit() if model is attached else normalised()
+    first, second = model(), model()
+    medtpp.tpp(first, images, **BRIEF)
+    with torch.no_grad():
+        medtpp.tpp(second, images, **BRIEF)
+        if model is attached:
+            medtpp.finetune(second, images, list("ab" * 4), steps=2, precision="32")
+        assert not torch.is_grad_enabled()
+    if model is attached:
+        medtpp.finetune(first, images, list("ab" * 4), steps=2, precision="32")
+    after = state(second)
+    assert all(torch.equal(value, after[name]) for name, value in state(first).items())
+
+
+def test_inference_mode_is_refused():
+    model = attached()
+    with torch.inference_mode():
+        with pytest.raises(ConfigError, match=r"medtpp\.tpp trains.*call it outside"):
+            medtpp.tpp(model, unit(), **BRIEF)
+        with pytest.raises(ConfigError, match=r"medtpp\.finetune trains.*call it outside"):
+            medtpp.finetune(model, unit(), list("ab" * 4), steps=2)
 
 
 # Weights in other precisions
@@ -125,6 +150,32 @@ def cut(images, number):
 def test_images_of_different_sizes_are_told(images):
     with pytest.raises(DataError, match=r"different sizes: (3x32x32, 3x31x32|3x31x32, 3x32x32)\. Resize or crop"):
         medtpp.tpp(lora(), images(), **{**BRIEF, "steps": 16})
+
+
+@pytest.mark.parametrize("wrap", [list, lambda images: DataLoader(images, batch_size=4)], ids=["data set", "loader"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_images_that_are_not_finite_are_told_wherever_they_are(wrap, value):
+    images = normalised(64)
+    images[30, 0, 5, 5] = value
+    model = lora()
+    before = state(model)
+    with pytest.raises(ConfigError, match="images hold NaN or infinite values") as caught:
+        medtpp.tpp(model, wrap(images), **{**BRIEF, "steps": 20})
+    assert "--" not in str(caught.value)
+    assert all(torch.equal(value, before[name]) for name, value in state(model).items())
+
+
+def test_messages_name_arguments_and_no_options_of_the_command_line(tmp_path):
+    with pytest.raises(MedtppError, match='precision="32"') as caught:
+        medtpp.tpp(lora(), normalised(), learning_rate=1e30, head_learning_rate=1e30, **{**BRIEF, "steps": 30})
+    assert "--" not in str(caught.value)
+    model = attached()
+    (tmp_path / "a file").write_text("")
+    with pytest.raises(OutputError, match=r"not empty\. Replace it with overwrite=True") as caught:
+        medtpp.save(tmp_path, model, channels=1)
+    assert "resume" not in str(caught.value)
+    with pytest.raises(OutputError, match=r"not made by medtpp, so overwrite=True does not touch it"):
+        medtpp.save(tmp_path, model, channels=1, overwrite=True)
 
 
 # What is no adapter folder

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from medtpp import backbones
 from medtpp.adapter import Adapter, TaskCard, TPPCard, new_card, save_adapter
-from medtpp.api_checks import check_labelled, check_saved
+from medtpp.api_checks import check_empty, check_labelled, check_saved, in_python, training
 from medtpp.api_data import Images, UserStream, check_range, count, first_images, scaled
 from medtpp.api_state import random_state, restored
 from medtpp.backbones import Backbone
@@ -127,7 +127,7 @@ def tpp(
     if not wanted:
         raise ConfigError("No parameter of the model requires gradients: there are no target parameters to pre-train.")
     device = next(iter(wanted.values())).device
-    with restored(model, wanted, seeds):
+    with training("medtpp.tpp"), restored(model, wanted, seeds):
         number_of_images = count(images)
         first = first_images(images)
         low, high = check_range(images if isinstance(images, Tensor) else first, unit=isinstance(model, Backbone))
@@ -239,7 +239,7 @@ def finetune(
     heads = [Group("head", dict(head.named_parameters()), float(chosen.head_learning_rate), chosen.head_weight_decay)]
     tuned = tuner_groups(model, float(chosen.learning_rate), chosen.weight_decay)
     stream = UserStream(images, targets, number(chosen.batch_size), seeds)
-    with random_state(seeds):
+    with training("medtpp.finetune"), random_state(seeds):
         model.start_from(first_losses(module, stream, device), lambda values: values)
         fabric = _fabric(device, precision)
         if chosen.head_warmup and tuned:
@@ -292,7 +292,10 @@ def save(
         options, classes = task.options.model_dump(mode="json"), task.classes
         thresholds = dict.fromkeys(classes, 0.5)
         update["task"] = TaskCard(options=options, classes=classes, multilabel=task.multilabel, thresholds=thresholds)
-    prepare_folder(Path(folder), overwrite=overwrite)
+    if not overwrite:
+        check_empty(Path(folder))
+    with in_python():
+        prepare_folder(Path(folder), overwrite=overwrite)
     save_adapter(Path(folder), model, card.model_copy(update=update), task)
     return Path(folder)
 
@@ -335,7 +338,7 @@ def predict(
     device = next(adapters[0].backbone.parameters()).device
     for other in adapters[1:]:
         share_weights(adapters[0].backbone, other.backbone)
-    cases = image_cases(paths, adapters[0].card.preprocessing, lambda line: warnings.warn(line, stacklevel=3))
+    cases = image_cases(paths, adapters[0].card.preprocessing, lambda line: warnings.warn(line, stacklevel=4))
     dense = head(adapters[0])[0].dense
     result: Predictions | Segmented | None
     if dense and output is None:
@@ -348,7 +351,8 @@ def predict(
     else:
         folder, chosen = Path(output), _options(SegmentOptions, options)
         cases = relative_cases(cases, paths, folder)
-        masks = segment_files(adapters, cases, folder, chosen, device=device, resume=resume, overwrite=overwrite)
+        with in_python():
+            masks = segment_files(adapters, cases, folder, chosen, device=device, resume=resume, overwrite=overwrite)
         unreadable, result = masks.unreadable, masks
     if unreadable or result is None:
         raise DataError("Some images cannot be read.", [f"{name}: {reason}" for name, reason in unreadable.items()])

@@ -2,13 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 
+import torch
 from torch import Tensor
 
-from medtpp.errors import ConfigError
+from medtpp.errors import ConfigError, MedtppError, OutputError
 from medtpp.tasks.base import Task
 from medtpp.tuners import TunedBackbone
+
+
+@contextmanager
+def training(what: str) -> Iterator[None]:
+    """Inside, gradients are computed, also in a script that has turned them off.
+
+    Raises:
+        ConfigError: In torch.inference_mode, of which there is no such way out.
+    """
+    if torch.is_inference_mode_enabled():
+        raise ConfigError(f"{what} trains, which torch.inference_mode() forbids: call it outside.")
+    with torch.enable_grad(), in_python():
+        yield
+
+
+@contextmanager
+def in_python() -> Iterator[None]:
+    """Options of the command line in messages of errors become the arguments that they are in Python."""
+    try:
+        yield
+    except MedtppError as error:
+        error.message = re.sub(r"--(resume|overwrite)\b", r"\1=True", error.message)
+        error.message = re.sub(r"(--set )?hardware\.precision=(\w+)", r'precision="\2"', error.message)
+        error.args = type(error)(error.message, error.problems).args
+        raise
 
 
 def check_labelled(images: object, labels: Sequence[str], task: type[Task], dims: int) -> tuple[str, ...]:
@@ -52,6 +81,12 @@ def check_labelled(images: object, labels: Sequence[str], task: type[Task], dims
     if len(classes) < 2:
         raise ConfigError(f"At least two classes are needed; the labels hold {', '.join(classes) or 'none'}.")
     return classes
+
+
+def check_empty(folder: Path) -> None:
+    """Raise OutputError where a folder holds something that nobody asked to replace."""
+    if folder.is_dir() and any(folder.iterdir()):
+        raise OutputError(f"The folder {folder} is not empty. Replace it with overwrite=True, or name another one.")
 
 
 def check_saved(model: TunedBackbone, channels: int | None) -> tuple[int, int]:

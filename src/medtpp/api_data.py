@@ -70,7 +70,7 @@ class UserStream:
         """Batches of the steps start .. stop - 1.
 
         Raises:
-            ConfigError: The loader gives no batches, or batches without images.
+            ConfigError: The loader gives no batches, or batches without images, or images that are not finite.
             DataError: A Dataset's images have different sizes.
         """
         step = start
@@ -78,6 +78,8 @@ class UserStream:
             before = step
             for item in self.loader:
                 images = scaled(find_images(item, BATCH), *self.values)
+                if not bool(torch.isfinite(images).all()):
+                    raise ConfigError(f"The images hold NaN or infinite values: some of step {step + 1} do.")
                 targets = item[1] if self.has_targets else None
                 cases = torch.arange(len(images))
                 yield Batch(images, targets, cases, self.seeds.draws(torch.full_like(cases, step), cases))
