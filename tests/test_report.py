@@ -172,6 +172,12 @@ def test_what_tpp_changed(run, drift, on, said):
     assert ("does not test TPP" in found.text) == (drift == 0)
 
 
+def test_the_rows_of_the_preview_are_those_of_the_pretext_task(run):
+    path = run / "tpp" / "complete.json"
+    write_json(path, read_json(path) | {"views": ["mae masked", "mae restored", "restoration changed"]})
+    assert "mae: what it restored; restoration: what the network was shown of it, changed." in page(run).text
+
+
 # Folders that cannot be reported on
 
 

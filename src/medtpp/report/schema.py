@@ -121,6 +121,7 @@ class StageFile(FileModel):
     backbone_parameters: int | None = None
     head_parameters: int | None = None
     peak_memory_mib: float | None = None
+    views: list[str] = []  # rows of TPP's preview below the images; [] of older versions
 
 
 class BackboneFile(FileModel):

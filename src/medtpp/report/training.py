@@ -14,6 +14,7 @@ from medtpp.report.curves import smooth
 from medtpp.report.page import plural, whole
 from medtpp.report.read import Experiment, Picture, read_experiment, read_model, read_picture, read_table
 from medtpp.report.schema import AdapterFile, StageFile
+from medtpp.report.words import rows_of_preview
 
 SPLITS = {"train": "training", "val": "validation", "test": "test"}
 _LOG = ("step", "loss", "lr_tuner", "validation", "monitor")
@@ -45,6 +46,11 @@ class Training:
     def stages(self) -> list[tuple[str, StageFile]]:
         """Title and report of each stage."""
         return [(name, stage) for name, stage in (("TPP", self.tpp), ("fine-tuning", self.finetune)) if stage]
+
+    @property
+    def preview_rows(self) -> str:
+        """What the rows of the preview are, below the images."""
+        return rows_of_preview(self.tpp.views if self.tpp else [])
 
     @property
     def volumetric(self) -> bool:
