@@ -39,17 +39,5 @@ def attached(tuner="lora", seed=0):
     return medtpp.attach(medtpp.load(str(backbone_folder()), image_size=SIZE), tuner, seed=seed)
 
 
-def state(model):
-    return {name: value.clone() for name, value in model.state_dict().items()}
-
-
-def changed(before, model):
-    return {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
-
-
-def trainable(model):
-    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
 def random_states():
     return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()  # noqa: NPY002

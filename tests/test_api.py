@@ -10,8 +10,9 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 import medtpp
 from medtpp.errors import ConfigError, DataError, OutputError, WeightsError
 from medtpp.seeds import Seeds
+from plain_networks import changed, state, trainable
 from runs import SIZE, backbone_folder, data_folder, done
-from small_vits import BRIEF, attached, changed, lora, normalised, random_states, state, trainable, unit, vit
+from small_vits import BRIEF, attached, lora, normalised, random_states, unit, vit
 
 
 class Pairs(Dataset):

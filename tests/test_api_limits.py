@@ -11,8 +11,8 @@ import medtpp
 from medtpp import backbones, tuners
 from medtpp.config import BackboneOptions
 from medtpp.errors import ConfigError, DataError, MedtppError, OutputError
-from plain_networks import made
-from small_vits import BRIEF, attached, lora, normalised, state, unit
+from plain_networks import made, state
+from small_vits import BRIEF, attached, lora, normalised, unit
 
 # What a training script leaves behind
 
