@@ -169,7 +169,7 @@ def test_tpp_tells_what_it_did(phantoms, tpp):
     assert not card.tpp.transductive
     assert card.task is None
     assert load_adapter(folder / "adapter").task is None
-    assert read_json(folder / MARKER) == result.summary()
+    assert read_json(folder / MARKER) == {**result.summary(), "views": ["masked", "restored"]}
     assert (folder / "log.csv").read_text().count("\n") == 7
     assert not list(folder.rglob(".*"))
 
