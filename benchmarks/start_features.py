@@ -16,18 +16,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from _features import features
+from _features import DRAWS, PER_CLASS, probed
 from medtpp import backbones
 from medtpp.adapter import load_adapter
-from medtpp.data.cache import ImageCache
-from medtpp.evaluation.probe import few_label_auc
 from medtpp.files import MARKER, read_json
 from medtpp.workflow.experiment import load_experiment
 from medtpp.workflow.prepare import prepare
-
-DRAWS, PER_CLASS = 30, 10
 
 
 def main() -> None:
@@ -38,25 +32,14 @@ def main() -> None:
     options = parser.parse_args()
     found: Path = options.comparison
     prepared = prepare(load_experiment(found / "experiment.yaml", []), split_file=found / "split.csv")
-    cache = prepared.store
-    if not isinstance(cache, ImageCache):
-        raise SystemExit(f"{found} compares volumes; the probe takes images.")
-    cases = [case for case in prepared.dataset.cases if case.id in prepared.whole_split]
-    labels = np.array([prepared.dataset.classes.index(case.labels[0]) for case in cases])
-    pool = np.array([prepared.whole_split[case.id] == "train" for case in cases])
-
-    def auc(backbone: backbones.Backbone) -> float:
-        values = features(backbone, cache, prepared.data(cases).rows)
-        return float(np.mean([few_label_auc("linear", values, labels, PER_CLASS, draw, pool) for draw in range(DRAWS)]))
-
     plain = backbones.load(prepared.experiment.backbone, image_size=prepared.preprocessing.patch)
-    rows: list[dict[str, Any]] = [{"start": "standard", "seed": None, "auc": auc(plain)}]
+    rows: list[dict[str, Any]] = [{"start": "standard", "seed": None, "auc": probed(plain, prepared)}]
     print(rows[0], flush=True)
     for marker in sorted((found / "tpp").rglob(MARKER)):
         start = marker.parent.relative_to(found / "tpp")
         told = read_json(marker)
         kept = {name: told[name] for name in ("pretext_loss_on", "pretext_loss_off", "feature_drift") if name in told}
-        value = auc(load_adapter(marker.parent / "adapter").backbone)
+        value = probed(load_adapter(marker.parent / "adapter").backbone, prepared)
         rows.append({"start": "/".join(start.parts[:-1]), "seed": int(start.name.removeprefix("seed")), "auc": value})
         rows[-1] |= kept
         print(rows[-1], flush=True)

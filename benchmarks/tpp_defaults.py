@@ -23,20 +23,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from _features import features
+from _features import DRAWS, PER_CLASS, probed
 from medtpp import backbones, tuners
 from medtpp.adapter import load_adapter
-from medtpp.data.cache import ImageCache
-from medtpp.data.preprocess import Preprocessing
-from medtpp.evaluation.probe import few_label_auc
 from medtpp.files import MARKER, read_json
 from medtpp.seeds import Seeds
 from medtpp.workflow.experiment import load_experiment
 from medtpp.workflow.pool import Job, run_jobs
 from medtpp.workflow.prepare import prepare
 from medtpp.workflow.run import tpp_stage
-
-DRAWS, PER_CLASS = 30, 10
 
 
 @dataclass(frozen=True)
@@ -53,24 +48,16 @@ def probe(manifest: Path, settings: list[str], trial: Trial, threads: int) -> di
     chosen = [*settings, f"seed={trial.seed}", f"hardware.threads={threads}", "logging.tensorboard=false"]
     experiment = load_experiment(manifest, [*chosen, *([trial.varied] if trial.varied else [])])
     prepared = prepare(experiment)
-    preprocessing, cache = prepared.preprocessing, prepared.store
-    if not isinstance(preprocessing, Preprocessing) or not isinstance(cache, ImageCache):
-        raise SystemExit(f"{manifest} holds volumes; the probe takes images.")
     told: dict[str, Any] = {}
     if trial.varied is None:
-        backbone = backbones.load(prepared.experiment.backbone, image_size=preprocessing.image_size)
+        backbone = backbones.load(prepared.experiment.backbone, image_size=prepared.preprocessing.patch)
         tuned = tuners.attach(backbone, prepared.experiment.tuner, seed=Seeds(trial.seed))
     else:
         with tempfile.TemporaryDirectory() as name:
             tuned = load_adapter(tpp_stage(prepared, Path(name) / "tpp", print)).backbone
             told = read_json(Path(name) / "tpp" / MARKER)
-    cases = [case for case in prepared.dataset.cases if case.id in prepared.split]
-    labels = np.array([prepared.dataset.classes.index(case.labels[0]) for case in cases])
-    pool = np.array([prepared.split[case.id] == "train" for case in cases])
-    values = features(tuned, cache, prepared.data(cases).rows)
-    scores = [few_label_auc("linear", values, labels, PER_CLASS, draw, pool) for draw in range(DRAWS)]
     kept = ("steps", "seconds", "pretext_loss_on", "pretext_loss_off", "feature_drift")
-    return {"auc": float(np.mean(scores)), **{name: told[name] for name in kept if name in told}}
+    return {"auc": probed(tuned, prepared), **{name: told[name] for name in kept if name in told}}
 
 
 def trials(varied: list[str], seeds: int) -> Iterator[Trial]:
