@@ -41,7 +41,7 @@ def with_tables(text: str) -> str:
 
 
 def comparison_table(folder: Path) -> str:
-    """A row for each label count and tuner, then the other arms; `linear` from results/linear, where it is run again.
+    """A row for each label count and tuner, then the other arms; `linear` from results/linear, where it was run again.
 
     In results/comparisons the head of that arm had a fifth of the rate that it needs.
     """
