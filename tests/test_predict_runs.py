@@ -16,6 +16,7 @@ from PIL import Image
 import medtpp
 from medtpp.adapter import load_adapter
 from medtpp.data.case import Case
+from medtpp.data.read import read_unlabelled
 from medtpp.data.store import build_store
 from medtpp.data.volume_preprocess import VolumePreprocessing
 from medtpp.data.volume_scan import Reader
@@ -175,6 +176,7 @@ def test_masks_of_an_earlier_prediction_are_no_scans(tmp_path):
     with pytest.warns(UserWarning, match="6 files that medtpp predict wrote are left out"):
         again = medtpp.predict(load_adapter(folder), scan, scan / "by day" / "masks", probabilities=True, resume=True)
     assert again.skipped == ("a.nii.gz", "b/b.nii.gz")
+    assert [case.id for case in read_unlabelled([scan])] == ["unlabelled:in/a.nii.gz", "unlabelled:in/b/b.nii.gz"]
     mask = scan / "by day" / "masks" / "a.nii.gz"
     assert "holds nothing but what medtpp predict wrote" in refused("predict", folder, mask.parent, "-o", scan / "no")
     assert "1 image segmented" in done("predict", folder, mask, "-o", tmp_path / "of a mask").text

@@ -3,6 +3,7 @@
 import csv
 import os
 import sys
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -266,6 +267,21 @@ def test_paths_of_windows_and_absolute_paths(tmp_path):
 
 
 # Choice of the layout, exclusion, unlabelled folders
+
+
+@pytest.mark.parametrize("forms", [("NFC", "NFD"), ("NFD", "NFC"), ("NFC", "NFC")])
+def test_a_manifest_finds_files_whose_names_are_spelled_otherwise(tmp_path, forms):
+    """Macs cut umlauts in two signs; tables that are written elsewhere do not."""
+    there, told = (lambda name, form=form: unicodedata.normalize(form, name) for form in forms)
+    touch(tmp_path, there("Männer/ü/ö 1.png"), "masks/" + there("ö 1.png"), there("Männer/gone"))
+    rows = [told("Männer/ü/ö 1.png") + ",a," + told("masks/ö 1.png"), told("Männer/ä.png") + ",a,"]
+    (tmp_path / "manifest.csv").write_text("image,label,mask\n" + "\n".join(rows) + "\n", encoding="utf-8")
+    found = read(tmp_path)
+    assert [case.id for case in found.cases] == [told("Männer/ü/ö 1.png")]
+    assert found.cases[0].image.is_file()
+    assert found.cases[0].mask.is_file()
+    assert [problem.code for problem in found.problems] == ["missing-file"]
+    assert told("Männer/ä.png") in found.problems[0].message
 
 
 def test_manifest_goes_before_folders_unless_named(tmp_path):

@@ -44,6 +44,19 @@ def spelled(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
+def find_spelled(root: Path, name: str) -> Path:
+    """`root / name`, or the file or folder there whose name is `spelled` the same."""
+    path = root / name
+    if name.isascii() or os.path.exists(path):  # noqa: PTH110  (Path.exists would raise on a name that is too long)
+        return path
+    place = root
+    for part in Path(name).parts:
+        there = [entry.name for entry in place.iterdir()] if os.path.isdir(place) else []  # noqa: PTH112
+        same = [entry for entry in there if spelled(entry) == spelled(part)]
+        place /= same[0] if len(same) == 1 else part
+    return place
+
+
 def list_images(folder: Path) -> tuple[list[str], list[str]]:
     """All files under a folder, links followed, hidden ones and droppings of operating systems left out.
 

@@ -11,8 +11,9 @@ from pathlib import Path
 from medtpp.config import SOURCES, DataOptions
 from medtpp.data.case import Case, Dataset, Problem
 from medtpp.data.download import local_path
+from medtpp.data.predicted import predicted
 from medtpp.data.problems import first_few
-from medtpp.data.sources import class_names, find_images
+from medtpp.data.sources import ImageFile, class_names, find_images
 from medtpp.data.sources.segmentation_folders import without_masks
 from medtpp.errors import DataError
 
@@ -35,7 +36,7 @@ def read_dataset(options: DataOptions) -> Dataset:
 
 
 def read_unlabelled(paths: Sequence[Path], option: str = "data.unlabelled") -> tuple[Case, ...]:
-    """All images under some folders, labels and layout disregarded.
+    """All images under some folders, labels and layout disregarded. Masks that medtpp predicted are left out.
 
     An id is "unlabelled:", the folder's name and the path in it ("unlabelled:pool/a/1.png"), so that it equals no id
     of a labelled data set. An image that lies in two of the folders is one case.
@@ -49,7 +50,7 @@ def read_unlabelled(paths: Sequence[Path], option: str = "data.unlabelled") -> t
     """
     folders = [path.expanduser() for path in paths]
     wrong = [f"{folder} is not a folder" for folder in folders if not folder.is_dir()]
-    images = [without_masks(find_images(folder)[0]) if folder.is_dir() else [] for folder in folders]
+    images = [_pool(folder) if folder.is_dir() else [] for folder in folders]
     wrong += [
         f"{folder} holds no images"
         for folder, found in zip(folders, images, strict=True)
@@ -65,6 +66,12 @@ def read_unlabelled(paths: Sequence[Path], option: str = "data.unlabelled") -> t
             case = Case(prefix + image.name, image.image, patient=image.patient, files=image.files)
             cases.setdefault(os.path.realpath(case.image), case)
     return tuple(cases.values())
+
+
+def _pool(folder: Path) -> list[ImageFile]:
+    images = without_masks(find_images(folder)[0])
+    masks = predicted(folder, images)
+    return [image for image in images if image.name not in masks]
 
 
 def _recognise(path: Path) -> str:

@@ -11,15 +11,14 @@ from pathlib import Path
 
 from medtpp.data.case import Case
 from medtpp.data.listing import PLANE_SUFFIXES, split_suffix
+from medtpp.data.predicted import predicted
 from medtpp.data.preprocess import Preprocessing
 from medtpp.data.problems import agree, count
 from medtpp.data.sources import ImageFile, find_images
 from medtpp.data.sources.segmentation_folders import without_masks
 from medtpp.data.volume_preprocess import VolumePreprocessing
 from medtpp.errors import DataError
-from medtpp.files import read_json
 
-INPUTS = "inputs.json"  # in a folder of masks: what they depend on
 # Suffixes of volumes, and of masks in the same format: one file, also where the volume has header and voxels apart.
 VOLUMES = {".nii": ".nii", ".nii.gz": ".nii.gz", ".nrrd": ".nrrd", ".nhdr": ".nrrd", ".mha": ".mha", ".mhd": ".mha"}
 
@@ -47,7 +46,7 @@ def image_cases(
     left_out = []
     for path in paths:
         found = without_masks(find_images(path)[0]) if path.is_dir() else [ImageFile(path.name, path)]
-        masks = _predicted(path, found) if path.is_dir() else set()
+        masks = predicted(path, found) if path.is_dir() else set()
         if not path.exists():
             wrong.append(f"{path} does not exist")
         elif not found:
@@ -89,22 +88,6 @@ def relative_cases(cases: Sequence[Case], paths: Sequence[Path], output: Path) -
     if not named:
         raise DataError(f"All images lie in the output folder {output}. Name another --output.")
     return list(named.values())
-
-
-def wrote_masks(folder: Path) -> bool:
-    """Whether `medtpp predict` made a folder, for masks."""
-    try:
-        content = read_json(folder / INPUTS)
-    except (OSError, ValueError):
-        return False
-    return isinstance(content, dict) and "adapters" in content
-
-
-def _predicted(folder: Path, images: Sequence[ImageFile]) -> set[str]:
-    """Names of images of a folder that lie where `medtpp predict` wrote masks."""
-    above = {image.name: image.image.relative_to(folder).parents for image in images}
-    made = {place for place in {place for places in above.values() for place in places} if wrote_masks(folder / place)}
-    return {name for name, places in above.items() if not made.isdisjoint(places)}
 
 
 def is_dicom_case(case: Case) -> bool:

@@ -29,10 +29,10 @@ from medtpp.adapter import Adapter, TaskCard
 from medtpp.backbones import hash_state
 from medtpp.config import Options
 from medtpp.data.case import Case
+from medtpp.data.predicted import INPUTS, wrote_masks
 from medtpp.data.volume_preprocess import VolumePreprocessing
 from medtpp.errors import DataError, OutputError, WeightsError
 from medtpp.files import digest, prepare_folder, read_json, write_json, write_text
-from medtpp.inference.cases import INPUTS, wrote_masks
 from medtpp.inference.ensemble import check_alike, head
 from medtpp.inference.masks import Format, Target, measured, plan_targets, write_case
 from medtpp.inference.scans import Scan, read_ahead, reason

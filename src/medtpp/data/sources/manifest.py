@@ -12,6 +12,7 @@ from typing import ClassVar
 
 from medtpp.config import SOURCES, ColumnOptions, DataOptions
 from medtpp.data.case import Case, Dataset, Problem
+from medtpp.data.listing import find_spelled
 from medtpp.data.problems import agree, first_few
 from medtpp.data.sources import ImageFile, class_names, is_excluded, scan_problems, split_of
 from medtpp.data.sources._structures import named_structures
@@ -191,8 +192,8 @@ def _case(
         faults["no-image"].append((line, "", ""))
         return None
     name = _case_id(root, cells["image"])
-    image = ImageFile(name, root / name)
-    mask = root / _case_id(root, cells["mask"]) if cells.get("mask") else None
+    image = ImageFile(name, find_spelled(root, name))
+    mask = find_spelled(root, _case_id(root, cells["mask"])) if cells.get("mask") else None
     # An excluded case is dropped later, so that leaving a missing file out is a way to mend the data set. Path.is_file
     # would raise on a name that is too long.
     if not is_excluded(name, options.exclude):
