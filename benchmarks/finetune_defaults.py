@@ -2,8 +2,8 @@
 
     python benchmarks/prepare.py DATA TASKS
     python benchmarks/finetune_defaults.py TASKS/ultrasound_breast-development/manifest.csv --labels 30 --seeds 6 \
-      --set data.modality=ultrasound --try finetune.head_warmup=200 \
-      --try "finetune.head_warmup=200 finetune.learning_rate=1e-4" --out results/FILE.json
+      --set data.modality=ultrasound --try finetune.head_start=fitted \
+      --try "finetune.head_start=fitted finetune.learning_rate=3e-4" --out results/FILE.json
 
 A seed draws the labels and starts the parameters; its TPP is done once and fine-tuned by every setting. The metric is
 the macro AUC on the test cases of the development manifest, which holds none of the task's. The last weights count, as

@@ -9,6 +9,7 @@ A block `<!-- KIND: NAME -->` ... `<!-- end -->` holds the table of kind
 - `settings` of results/NAME.json (benchmarks/tpp_defaults.py),
 - `features` of results/NAME.json (benchmarks/start_features.py),
 - `starts` of results/NAME.json (benchmarks/finetune_defaults.py),
+- `penalties` of all files results/NAME_*.json (benchmarks/head_penalty.py),
 - `contract` of results/NAME.csv (benchmarks/contract.py),
 - `costs` of results/NAME.json (medtpp bench).
 
@@ -162,6 +163,23 @@ def starts_table(path: Path) -> str:
     return "\n".join(lines)
 
 
+def penalties_table(path: Path) -> str:
+    """A row for each number of labels of each task, a column for each strength."""
+    lines: list[str] = []
+    for file in sorted(path.parent.glob(f"{path.name}_*.json")):
+        found = _read(file)
+        means = pd.DataFrame(found["rows"]).pivot_table(index="labels", columns="strength", values="auc")
+        if not lines:
+            lines = [f"| task | labels | {' | '.join(f'{strength:g}' for strength in means.columns)} |"]
+            lines.append(f"|---|---:|{'---:|' * len(means.columns)}")
+        task = found["task"].removesuffix("-development")
+        lines += [
+            f"| `{task}` | {labels} | {' | '.join(f'{value:.3f}' for value in its)} |"
+            for labels, its in means.iterrows()
+        ]
+    return "\n".join(lines)
+
+
 def contract_table(path: Path) -> str:
     """A row for each tuner: combinations, tests, and how many failed."""
     rows = pd.read_csv(path.with_suffix(".csv"), keep_default_na=False)
@@ -220,6 +238,7 @@ _TABLES = {
     "settings": settings_table,
     "features": features_table,
     "starts": starts_table,
+    "penalties": penalties_table,
     "contract": contract_table,
     "costs": costs_table,
 }

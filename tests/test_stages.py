@@ -315,10 +315,9 @@ def test_head_warm_up_leaves_the_targets_alone(phantoms, tmp_path):
 
 
 def test_the_time_of_a_head_warm_up_counts(phantoms, tmp_path, monkeypatch):
-    for stage, run, inputs in (("tpp", run_tpp, stages.tpp_inputs), ("finetune", run_finetune, stages.finetune_inputs)):
-        monkeypatch.setattr(f"medtpp.training.{stage}.warm_up_heads", lambda *_: 1000.0)
-        run(inputs(phantoms, **{stage: {"head_warmup": 1, "steps": 1}}), tmp_path / stage)
-        assert read_json(tmp_path / stage / MARKER)["seconds"] > 1000
+    monkeypatch.setattr("medtpp.training.tpp.warm_up_heads", lambda *_: 1000.0)
+    result = run_tpp(stages.tpp_inputs(phantoms, tpp={"head_warmup": 1, "steps": 1}), tmp_path)
+    assert 1000 < result.record.seconds < 1060
 
 
 def test_head_warm_up_leaves_no_gradients_behind(phantoms):
@@ -334,23 +333,6 @@ def test_head_warm_up_leaves_no_gradients_behind(phantoms):
     for parameter in tuned.targets.values():
         assert parameter.requires_grad
         assert parameter.grad is None
-
-
-def test_the_head_of_a_task_can_be_trained_alone_first(phantoms, tmp_path):
-    """With a rate of nothing, the targets stay where they start; the head has learnt by the warm-up alone."""
-    stiff = {"steps": 2, "learning_rate": 1e-12, "head_learning_rate": 1e-12}
-    inputs = stages.finetune_inputs(phantoms, finetune={**stiff, "head_warmup": 0})
-    run_finetune(inputs, tmp_path / "without")
-    run_finetune(stages.finetune_inputs(phantoms, finetune={**stiff, "head_warmup": 3}), tmp_path / "at-no-rate")
-    learning = {**stiff, "head_learning_rate": 0.1, "head_warmup": 3}
-    run_finetune(stages.finetune_inputs(phantoms, finetune=learning), tmp_path / "with")
-    tuned, heads = (
-        {name: load_file(tmp_path / name / "adapter" / file) for name in ("without", "at-no-rate", "with")}
-        for file in ("adapter_model.safetensors", "head.safetensors")
-    )
-    close(tuned["with"], tuned["without"], atol=1e-9)
-    close(heads["at-no-rate"], heads["without"], atol=1e-9)
-    assert not torch.allclose(heads["with"]["linear.weight"], heads["without"]["linear.weight"], atol=1e-3)
 
 
 def test_tampered_backbone_weights_are_refused(pretrained, tmp_path):

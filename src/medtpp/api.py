@@ -45,9 +45,11 @@ from medtpp.inference.cases import image_cases, relative_cases
 from medtpp.inference.ensemble import check_alike, head, share_weights
 from medtpp.inference.predict import predict_files
 from medtpp.inference.segment import Segmented, SegmentOptions, segment_files
+from medtpp.inference.stored import patches_at_once
 from medtpp.seeds import Seeds
-from medtpp.tasks.base import Task
+from medtpp.tasks.base import FittedTask, Task
 from medtpp.training.device import choose_precision, mixed, quiet_fabric
+from medtpp.training.features import read_features
 from medtpp.training.finetune import SupervisedModule, first_losses, resolve_finetune
 from medtpp.training.loop import Group, Hooks, fit
 from medtpp.training.stage import PretextModule, number, schedule_of, target_groups, tuner_groups, warm_up_heads
@@ -230,20 +232,21 @@ def finetune(
     model.seen_channels = images.shape[1]
     seeds = Seeds(seed)
     chosen = resolve_finetune(
-        _options(FinetuneOptions, options), tuner=model.tuner.name, cases=len(images), spec=model.spec, masks=False
+        _options(FinetuneOptions, options), tuner=model.tuner.name, task=task, cases=len(images), spec=model.spec
     )
     device = next(model.parameters()).device
     head: Task = method(method.Options(), model.spec, classes, False, seeds)
     module = SupervisedModule(model, head.to(device), Augmenter(AugmentOptions(), modality))
     targets = torch.tensor([classes.index(label) for label in labels])
-    heads = [Group("head", dict(head.named_parameters()), float(chosen.head_learning_rate), chosen.head_weight_decay)]
+    heads = [Group("head", dict(head.named_parameters()), chosen.head_learning_rate, chosen.head_weight_decay)]
     tuned = tuner_groups(model, float(chosen.learning_rate), chosen.weight_decay)
     stream = UserStream(images, targets, number(chosen.batch_size), seeds)
     with training("medtpp.finetune"), random_state(seeds):
-        model.start_from(first_losses(module, stream, device), lambda values: values)
         fabric = _fabric(device, precision)
-        if chosen.head_warmup and tuned:
-            warm_up_heads(fabric, module, heads, tuned, stream, chosen.head_warmup)
+        if isinstance(head, FittedTask) and chosen.head_start == "fitted":
+            parts = (part.float() for part in torch.split(images, patches_at_once(model.spec.image_size)))
+            head.fit(read_features(head.read, model, fabric, parts), targets)
+        model.start_from(first_losses(module, stream, device), lambda values: values)
         fit(
             fabric,
             module,

@@ -271,14 +271,13 @@ class TPPOptions(StageOptions):
 class FinetuneOptions(StageOptions):
     """The supervised stage."""
 
-    head_learning_rate: Annotated[float, Field(gt=0)] | Auto = Field(
-        "auto", description="learning rate of the task head; auto: 1e-3, of a classifier on frozen features 5e-3"
-    )
+    head_learning_rate: float = Field(1e-3, gt=0, description="learning rate of the task head")
     head_weight_decay: float = Field(0.01, ge=0, description="weight decay of the task head")
-    head_warmup: int = Field(
-        0,
-        ge=0,
-        description="steps in which the head trains alone first, on features as they are (arXiv 2202.10054)",
+    head_start: Literal["fitted", "random"] | Auto = Field(
+        "auto",
+        description="fitted: the head of a classification starts as the logistic regression, with an L2 penalty that "
+        "stays, of the labels on the features as they are (arXiv 2202.10054); auto: fitted on a frozen backbone, "
+        "random beside a tuner and with masks",
     )
     keep: Literal["best", "last"] = Field("best", description="which weights: best on validation, or of the last step")
     validate_every: Count | Auto = Field(

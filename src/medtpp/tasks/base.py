@@ -70,9 +70,25 @@ class Task(nn.Module, ABC):
     def balance(self, targets: Tensor) -> None:
         """Take class frequencies from the training targets, where the options ask for it."""
 
+    def penalty(self) -> Tensor | None:
+        """A scalar that training adds to the loss, or None."""
+        return None
+
     def groups(self) -> dict[str, dict[str, nn.Parameter]]:
         """Its parameters as "head" and "decoder", each with a learning rate and a file of its own; no empty group."""
         groups: dict[str, dict[str, nn.Parameter]] = {}
         for name, parameter in self.named_parameters():
             groups.setdefault("decoder" if name.startswith("decoder.") else "head", {})[name] = parameter
         return groups
+
+
+class FittedTask(Task):
+    """A task whose head can start where it fits features that stand still best (`finetune.head_start: fitted`)."""
+
+    @abstractmethod
+    def read(self, features: Features) -> Tensor:
+        """(B, D) what the last layer of the head takes."""
+
+    @abstractmethod
+    def fit(self, read: Tensor, targets: Tensor) -> None:
+        """Put that layer where loss and penalty are least for what it reads (n, D) of the training cases."""

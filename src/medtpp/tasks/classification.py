@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -14,7 +15,9 @@ from medtpp.backbones import Features, Spec
 from medtpp.config import TASKS, MethodOptions
 from medtpp.data.case import Case
 from medtpp.seeds import Seeds
-from medtpp.tasks.base import Task
+from medtpp.tasks.base import FittedTask
+
+STRENGTH = 50.0  # weight of all cases' losses against half the squared weights, for features of unit length
 
 
 class ClassificationOptions(MethodOptions):
@@ -29,8 +32,11 @@ class ClassificationOptions(MethodOptions):
 
 
 @TASKS.register("classification")
-class Classification(Task):
-    """Pooled tokens, LayerNorm, linear. Softmax over classes; a sigmoid for each with several labels."""
+class Classification(FittedTask):
+    """Pooled tokens, LayerNorm, linear. Softmax over classes; a sigmoid for each with several labels.
+
+    A head that starts fitted is a logistic regression with an L2 penalty; the penalty stays while everything trains.
+    """
 
     Options: ClassVar[type[MethodOptions]] = ClassificationOptions
     options: ClassificationOptions
@@ -50,13 +56,59 @@ class Classification(Task):
         with torch.no_grad():
             self.linear.weight.normal_(std=0.02, generator=seeds.generator("head"))
             self.linear.bias.zero_()
+        self.penalised = 0.0  # weight of half the squared norm of a fitted head in the loss
         self.weights: Tensor
         self.register_buffer("weights", torch.ones(len(classes)), persistent=False)
 
     def forward(self, features: Features) -> Tensor:
         """(B, K) logits."""
-        logits: Tensor = self.linear(self.norm(features.pooled(self.pooling)))
+        logits: Tensor = self.linear(self.read(features))
         return logits
+
+    def read(self, features: Features) -> Tensor:
+        """(B, width) pooled and normalised: sqrt(width) long before the norm is trained."""
+        read: Tensor = self.norm(features.pooled(self.pooling))
+        return read
+
+    def fit(self, read: Tensor, targets: Tensor) -> None:
+        """Logistic regression by L-BFGS in float64, from zero: STRENGTH * n * loss + |w|^2 / 2 for w of unit features.
+
+        The bias is penalised, too, as the weight of one more feature, so that a class without a case stays finite.
+
+        Args:
+            read: (n, width) of the training cases.
+            targets: Theirs, as for `loss`.
+        """
+        terms = len(self.classes) if self.multilabel else 1  # that the loss is the mean of; each label is a regression
+        self.penalised = read.shape[1] / (STRENGTH * len(read) * terms)
+        head = copy.deepcopy(self).cpu().double().requires_grad_(True)
+        nn.init.zeros_(head.linear.weight)
+        nn.init.zeros_(head.linear.bias)
+        inputs, wanted = read.detach().cpu().double(), targets.cpu()
+        parameters = list(head.linear.parameters())
+        optimizer: Any = torch.optim.LBFGS(
+            parameters, max_iter=200, tolerance_grad=1e-6, tolerance_change=1e-10, line_search_fn="strong_wolfe"
+        )
+
+        def objective() -> Tensor:
+            optimizer.zero_grad()
+            value = head.loss(head.linear(inputs), wanted) + head._squared_norm()
+            torch.autograd.backward(value, inputs=parameters)
+            return value
+
+        with torch.enable_grad():
+            optimizer.step(objective)
+        with torch.no_grad():
+            self.linear.weight.copy_(head.linear.weight)
+            self.linear.bias.copy_(head.linear.bias)
+
+    def penalty(self) -> Tensor | None:
+        """That of `fit`, of a fitted head."""
+        return self._squared_norm() if self.penalised else None
+
+    def _squared_norm(self) -> Tensor:
+        weight, bias = self.linear.weight, self.linear.bias
+        return self.penalised / 2 * (weight.square().sum() + bias.square().sum() / weight.shape[1])
 
     def targets(self, cases: Sequence[Case]) -> Tensor:
         """(n,) int64 class indices; (n, K) zeros and ones with several labels."""
@@ -67,9 +119,10 @@ class Classification(Task):
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy with targets (B,) int64; binary cross-entropy with targets (B, K) in {0, 1}."""
-        logits, smoothing = logits.float(), self.options.label_smoothing
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        smoothing = self.options.label_smoothing
         if self.multilabel:
-            soft = targets.float() * (1 - smoothing) + 0.5 * smoothing
+            soft = targets.to(logits.dtype) * (1 - smoothing) + 0.5 * smoothing
             return F.binary_cross_entropy_with_logits(logits, soft, pos_weight=self.weights)
         each = F.cross_entropy(logits, targets, reduction="none", label_smoothing=smoothing)
         # Weights have mean 1 over the training set: a batch cut in parts has the same loss as a whole one.

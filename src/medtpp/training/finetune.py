@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from medtpp import backbones, tuners
 from medtpp.adapter import Adapter, TaskCard, load_adapter, make_task, new_card, read_card, save_adapter
 from medtpp.backbones import Backbone, Spec
-from medtpp.config import TUNERS, Experiment, FinetuneOptions
+from medtpp.config import TASKS, TUNERS, Experiment, FinetuneOptions
 from medtpp.data.augment import Augmenter
 from medtpp.data.batches import to_unit
 from medtpp.data.case import Structure
@@ -25,10 +26,11 @@ from medtpp.data.volume_preprocess import VolumePreprocessing, overlapping
 from medtpp.errors import ConfigError
 from medtpp.files import MARKER, write_json
 from medtpp.seeds import Draws, Seeds
-from medtpp.tasks.base import Task
+from medtpp.tasks.base import FittedTask, Task
 from medtpp.training.device import make_fabric
+from medtpp.training.features import as_they_are, read_features
 from medtpp.training.loop import Group, Hooks, Stream, fit
-from medtpp.training.resume import RESUME, finish
+from medtpp.training.resume import finish
 from medtpp.training.stage import (
     StageData,
     StageResult,
@@ -39,7 +41,6 @@ from medtpp.training.stage import (
     resolve_stage,
     schedule_of,
     tuner_groups,
-    warm_up_heads,
     with_penalty,
 )
 from medtpp.training.validation import ClassificationValidation, SegmentationValidation, Validation, plan_scores
@@ -48,8 +49,6 @@ from medtpp.tuners.base import check_keys
 TOKENS = 6_272  # in a batch of a classification: 32 images of 14 x 14 patches
 VOXELS = 1 << 20  # in a batch of a segmentation: 16 images of 256 x 256
 MASKED = 16  # images in it, at most
-HEAD_RATE = 1e-3  # learning rate of a head beside target parameters, and of a decoder
-LINEAR_RATE = 5e-3  # of a classifier on frozen features
 STARTING = 128  # images that a start is made from, at most
 GRADIENTS = 8  # batches that a start is made from
 
@@ -110,7 +109,7 @@ class SupervisedModule(nn.Module):
             else:
                 images = self.augmenter(to_unit(images), Draws(visits))
         loss = self.task.loss(self.task(self.backbone.encode(images, taps=self.task.taps)), targets)
-        return with_penalty(loss, self.backbone), {}
+        return with_penalty(loss, self.backbone, self.task), {}
 
 
 def run_finetune(inputs: FinetuneInputs, folder: Path) -> StageResult:
@@ -125,22 +124,29 @@ def run_finetune(inputs: FinetuneInputs, folder: Path) -> StageResult:
 
 
 def resolve_finetune(
-    options: FinetuneOptions, *, tuner: str, cases: int, spec: Spec, masks: bool, devices: int = 1
+    options: FinetuneOptions, *, tuner: str, task: str, cases: int, spec: Spec, devices: int = 1
 ) -> FinetuneOptions:
     """Answer the `auto` values: 30 passes over the cases within 200 to 2,000 steps.
 
     A new decoder has more to learn: with masks it is 60 passes within 600 to 3,000 steps. A classifier on frozen
-    features is alone in fitting the labels, and at the rate that it has beside a tuner it would not come to an end.
+    features starts fitted to them; beside a tuner a head learns with it from a random start.
 
     Args:
         options: As given.
         tuner: Its name, which has a learning rate of its own.
+        task: Its name.
         cases: How many there are to train on.
         spec: Of the backbone; large images and volumes make small batches.
-        masks: Whether it is a segmentation.
         devices: The batch size is a multiple of them.
+
+    Raises:
+        ConfigError: The head of the task cannot start fitted, or a given batch size is none.
     """
-    method = TUNERS.get(tuner)
+    method, tuning = TASKS.get(task), TUNERS.get(tuner)
+    fits = issubclass(method, FittedTask)
+    if options.head_start == "fitted" and not fits:
+        raise ConfigError(f"The head of a {task} cannot be fitted. Use finetune.head_start: auto.")
+    masks = method.dense
     batch_size = TOKENS // spec.effort
     if masks:
         batch_size = min(MASKED, VOXELS // math.prod(spec.image_size))
@@ -150,12 +156,12 @@ def resolve_finetune(
         batch_size=min(32, max(2, batch_size)),
         cases=cases,
         limits=(600, 3000) if masks else (200, 2000),
-        learning_rate=method.learning_rate,
+        learning_rate=tuning.learning_rate,
         devices=devices,
     )
     answers: dict[str, object] = {}
-    if options.head_learning_rate == "auto":
-        answers["head_learning_rate"] = HEAD_RATE if method.has_targets or masks else LINEAR_RATE
+    if options.head_start == "auto":
+        answers["head_start"] = "fitted" if fits and not tuning.has_targets else "random"
     if options.validate_every == "auto":
         answers["validate_every"] = max(1, number(options.steps) // 20)
     return options.model_copy(update=answers)
@@ -169,9 +175,9 @@ def _train(fabric: Fabric, inputs: FinetuneInputs, folder: Path) -> StageResult:
     options = resolve_finetune(
         experiment.finetune,
         tuner=experiment.tuner.name,
+        task=experiment.task.name,
         cases=len(inputs.train),
         spec=tuned.spec,
-        masks=masks,
         devices=fabric.world_size,
     )
     rate, batch_size = float(options.learning_rate), number(options.batch_size)
@@ -181,18 +187,19 @@ def _train(fabric: Fabric, inputs: FinetuneInputs, folder: Path) -> StageResult:
     train = replace(inputs.train, targets=task.targets(inputs.train.cases), masks=masks)
     if train.targets is not None:
         task.balance(train.targets)
-    module = SupervisedModule(tuned, task, augmenter_of(experiment, inputs.preprocessing))
-    head_rate = float(options.head_learning_rate)
-    heads = [Group(name, own, head_rate, options.head_weight_decay) for name, own in task.groups().items()]
+    module = SupervisedModule(tuned, task, augmenter_of(experiment, inputs.preprocessing)).to(fabric.device)
+    rates = options.head_learning_rate, options.head_weight_decay
+    heads = [Group(name, own, *rates) for name, own in task.groups().items()]
     targets = tuner_groups(tuned, rate, options.weight_decay)
+    began = time.perf_counter()
+    if options.head_start == "fitted" and isinstance(task, FittedTask) and train.targets is not None:
+        images = as_they_are(train, tuned.spec.image_size)
+        task.fit(read_features(task.read, tuned, fabric, images), train.targets)
+    spent = time.perf_counter() - began
     if inputs.start is None:
         stream = train.stream(batch_size, seeds.child("start"), fabric)
-        losses = first_losses(module.to(fabric.device), stream, fabric.device)
+        losses = first_losses(module, stream, fabric.device)
         tuned.start_from(losses, lambda values: cast(Tensor, fabric.all_reduce(values)))
-    spent = 0.0
-    if options.head_warmup and targets and not (folder / RESUME).is_file():
-        stream = train.stream(batch_size, seeds.child("head-warmup"), fabric)
-        spent = warm_up_heads(fabric, module, heads, targets, stream, options.head_warmup)
     validation = _validation(inputs, tuned, task, fabric)
     choose, every = options.keep == "best", number(options.validate_every)
     scored: Validation | None = validation

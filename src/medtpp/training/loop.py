@@ -127,7 +127,7 @@ def fit(
         validate: Gives a score, higher is better. It may draw from no random stream.
         score_name: Of the score, in the log.
         choose: The parameters of the best score are kept in the end; else scores are logged, and the last ones kept.
-        spent: Seconds that a warm-up took; they count.
+        spent: Seconds that heads took to warm up or to be fitted; they count.
 
     Raises:
         MedtppError: The loss is not finite, or a parameter gets no gradient in two steps.

@@ -12,15 +12,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from lightning.fabric import Fabric
 
 from medtpp.backbones import Backbone
 from medtpp.config import Experiment
 from medtpp.data.case import Case
 from medtpp.errors import ConfigError
-from medtpp.inference.stored import patches_at_once
 from medtpp.seeds import Seeds
+from medtpp.training.features import as_they_are, read_features
 from medtpp.training.stage import StageData, number
 
 SHARE = 0.1  # of the stage's time, at most: a step takes at least as long as its images take to be encoded
@@ -120,16 +119,11 @@ class Monitor:
         self.labels = np.array([classes.index(case.labels) for case in data.cases])
         self.patients = [_patient(case) for case in data.cases]
 
-    @torch.no_grad()
     def score(self) -> float:
         """Macro AUC of a linear probe on mean patch tokens; of volumes, of the patch in the middle."""
         from medtpp.evaluation.probe import across_patients_auc  # scikit-learn takes a second to load
 
-        at_once, parts = patches_at_once(self.backbone.spec.image_size), []
-        for start in range(0, len(self.data), at_once):
-            part = StageData(self.data.store, self.data.cases[start : start + at_once])
-            images = part.images(at_once).to(self.fabric.device)
-            with self.fabric.autocast():
-                parts.append(self.backbone.encode(images).pooled("mean").float().cpu())
-        auc = across_patients_auc(torch.cat(parts).numpy(), self.labels, self.patients, FOLDS)
+        batches = as_they_are(self.data, self.backbone.spec.image_size)
+        features = read_features(lambda found: found.pooled("mean"), self.backbone, self.fabric, batches)
+        auc = across_patients_auc(features.numpy(), self.labels, self.patients, FOLDS)
         return float(self.fabric.broadcast(auc))  # processes keep, and end at, the same step

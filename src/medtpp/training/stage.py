@@ -27,6 +27,7 @@ from medtpp.data.volume_preprocess import VolumePreprocessing
 from medtpp.errors import ConfigError, MedtppError
 from medtpp.pretext.base import Pretext
 from medtpp.seeds import Draws, Seeds, name_key
+from medtpp.tasks.base import Task
 from medtpp.training.dense import DenseReconstruction
 from medtpp.training.device import close_loggers
 from medtpp.training.loop import Group, Hooks, Schedule, Stream, fit
@@ -193,10 +194,12 @@ def warm_up_heads(
             parameter.requires_grad_(True)
 
 
-def with_penalty(loss: Tensor, backbone: Backbone) -> Tensor:
-    """The loss with what the tuner adds to it."""
-    penalty = backbone.penalty() if isinstance(backbone, TunedBackbone) else None
-    return loss if penalty is None else loss + penalty
+def with_penalty(loss: Tensor, backbone: Backbone, task: Task | None = None) -> Tensor:
+    """The loss with what the tuner and the task add to it."""
+    for part in (backbone, task):
+        penalty = part.penalty() if isinstance(part, TunedBackbone | Task) else None
+        loss = loss if penalty is None else loss + penalty
+    return loss
 
 
 def launch(fabric: Fabric, train: Callable[..., T], inputs: Any, folder: Path) -> T:

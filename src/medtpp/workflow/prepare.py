@@ -296,9 +296,7 @@ def _resolve(
             require_pair(experiment.tuner.name, pretext)
         if given.choose:  # each task answers for its own head
             tpp = tpp.model_copy(update={"head_warmup": given.head_warmup})
-    masks = experiment.task.name == "segmentation"
-    finetune = resolve_finetune(
-        experiment.finetune, tuner=experiment.tuner.name, cases=train, spec=spec, masks=masks, devices=devices
-    )
+    names = {"tuner": experiment.tuner.name, "task": experiment.task.name}
+    finetune = resolve_finetune(experiment.finetune, **names, cases=train, spec=spec, devices=devices)
     data = experiment.data.model_copy(update=update)
     return experiment.model_copy(update={"data": data, "pretext": chosen, "tpp": tpp, "finetune": finetune})
