@@ -6,7 +6,9 @@
 
 For each draw of labels, as `medtpp compare` draws them for a seed, a head is fitted to the features of the training
 cases as they are, with each of some penalties, and its macro AUC is measured on the validation and test cases of the
-development manifest.
+development manifest. With --adapter the features are those of an adapter, such as TPP/adapter of
+
+    medtpp tpp TASKS/xray_lung-development/manifest.csv --out TPP --modality xray --set data.image_size=128
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from sklearn.metrics import roc_auc_score
 
 from _features import features
 from medtpp import backbones
+from medtpp.adapter import load_adapter
 from medtpp.data.cache import ImageCache
 from medtpp.seeds import Seeds
 from medtpp.tasks import classification
@@ -38,6 +41,7 @@ def main() -> None:
     parser.add_argument("--labels", default="30,150")
     parser.add_argument("--draws", type=int, default=30)
     parser.add_argument("--set", action="append", default=[], dest="settings")
+    parser.add_argument("--adapter", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     common = ["data.image_size=128", *options.settings]
@@ -46,7 +50,8 @@ def main() -> None:
         raise SystemExit(f"{options.manifest} holds volumes; the probe takes images.")
     cases = [case for case in whole.dataset.cases if case.id in whole.whole_split]
     row = {case.id: number for number, case in enumerate(cases)}
-    backbone = backbones.load(whole.experiment.backbone, image_size=whole.preprocessing.patch)
+    plain = backbones.load(whole.experiment.backbone, image_size=whole.preprocessing.patch)
+    backbone = load_adapter(options.adapter).backbone if options.adapter else plain
     labels = torch.tensor([whole.dataset.classes.index(case.labels[0]) for case in cases])
     values = torch.from_numpy(features(backbone, whole.store, whole.data(cases).rows))
     tested = [row[case.id] for case in cases if whole.whole_split[case.id] != "train"]
