@@ -50,8 +50,11 @@ def main() -> None:
         raise SystemExit(f"{options.manifest} holds volumes; the probe takes images.")
     cases = [case for case in whole.dataset.cases if case.id in whole.whole_split]
     row = {case.id: number for number, case in enumerate(cases)}
-    plain = backbones.load(whole.experiment.backbone, image_size=whole.preprocessing.patch)
-    backbone = load_adapter(options.adapter).backbone if options.adapter else plain
+    backbone = (
+        load_adapter(options.adapter).backbone
+        if options.adapter
+        else backbones.load(whole.experiment.backbone, image_size=whole.preprocessing.patch)
+    )
     labels = torch.tensor([whole.dataset.classes.index(case.labels[0]) for case in cases])
     values = torch.from_numpy(features(backbone, whole.store, whole.data(cases).rows))
     tested = [row[case.id] for case in cases if whole.whole_split[case.id] != "train"]

@@ -266,9 +266,6 @@ def test_paths_of_windows_and_absolute_paths(tmp_path):
     assert all(case.image.is_file() for case in dataset.cases)
 
 
-# Choice of the layout, exclusion, unlabelled folders
-
-
 @pytest.mark.parametrize("forms", [("NFC", "NFD"), ("NFD", "NFC"), ("NFC", "NFC")])
 def test_a_manifest_finds_files_whose_names_are_spelled_otherwise(tmp_path, forms):
     """Macs cut umlauts in two signs; tables that are written elsewhere do not."""
@@ -282,6 +279,9 @@ def test_a_manifest_finds_files_whose_names_are_spelled_otherwise(tmp_path, form
     assert found.cases[0].mask.is_file()
     assert [problem.code for problem in found.problems] == ["missing-file"]
     assert told("Männer/ä.png") in found.problems[0].message
+
+
+# Choice of the layout, exclusion, unlabelled folders
 
 
 def test_manifest_goes_before_folders_unless_named(tmp_path):
