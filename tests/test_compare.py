@@ -353,6 +353,14 @@ def test_options_belong_to_the_tuner_that_was_named():
     assert not other.tpp.enabled
 
 
+def test_a_frozen_backbone_gets_its_fitted_head_whatever_was_said_beside_a_tuner():
+    """`medtpp init` writes all answers out, "random" for LoRA among them."""
+    for given, starts in (("random", ["random", "random", "auto"]), ("fitted", ["fitted", "fitted", "auto"])):
+        base = base_experiment(experiment(f"finetune.head_start={given}"), Axes())
+        cells = (Cell(Arm(tuner, "standard"), 12, 0) for tuner in ("lora", "ssf", "linear"))
+        assert [cell_experiment(base, cell).finetune.head_start for cell in cells] == starts
+
+
 def test_loras_other_starts_are_arms():
     written = experiment("tuner.rank=2", "finetune.learning_rate=0.5")
     axes = Axes(tuners=("lora",), inits=("standard", "tpp", "pissa", "olora", "eva", "lora_ga"), labels=(12,), seeds=1)

@@ -241,7 +241,8 @@ def cell_experiment(
     """The experiment of one cell.
 
     Options and learning rates that the user gave belong to the user's tuner; other tuners have their own. So do options
-    of the pretext task. "scratch" is trained as "full" is, so that the two differ by the backbone's weights alone.
+    of the pretext task. How the head starts beside a tuner is not said of a frozen backbone, nor the other way round.
+    "scratch" is trained as "full" is, so that the two differ by the backbone's weights alone.
 
     Args:
         base: From `base_experiment`; options of training are as written by the user.
@@ -258,6 +259,8 @@ def cell_experiment(
         own = {"learning_rate": "auto", "weight_decay": 0.0}
         update["tuner"] = tuner = TUNERS.get(cell.arm.tuner).Options()
         pretext, finetune = pretext.model_copy(update=own), finetune.model_copy(update=own)
+        if TUNERS.get(cell.arm.tuner).has_targets != TUNERS.get(base.tuner.name).has_targets:
+            finetune = finetune.model_copy(update={"head_start": "auto"})
     if cell.arm.pretext:
         update["pretext"] = PRETEXTS.get(cell.arm.pretext).Options()
     if cell.arm.init == "scratch":
