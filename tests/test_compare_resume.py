@@ -4,6 +4,7 @@ import tempfile
 
 import pytest
 
+from medtpp.data.phantom import write_folder
 from medtpp.errors import ConfigError
 from medtpp.files import read_json, write_json
 from medtpp.workflow.compare import Axes, open_comparison
@@ -81,6 +82,23 @@ def test_what_may_change_may_change(tmp_path):
     grown = open_comparison(experiment(*AUTO, *more), axes, tmp_path, resume=True)
     assert grown.labels == (10, "all", 20)
     assert len(grown.cells) == 2 * 3 * 4
+
+
+def test_a_comparison_that_was_begun_without_tpp_grows_by_it(tmp_path):
+    """What TPP does and sees is settled when its first arm comes, and held to from then on."""
+    write_folder(tmp_path / "pool", n=12, size=32, seed=3)
+    out, unlabelled = tmp_path / "out", f"data.unlabelled=[{tmp_path / 'pool' / 'images'}]"
+    alone = Axes(labels=(10,), seeds=1, inits=("standard",))
+    begun = open_comparison(experiment(*AUTO), alone, out)
+    assert not begun.prepared.experiment.tpp.enabled
+    assert "finetune.learning_rate" in refused(out, "finetune.learning_rate=0.01", unlabelled)
+    grown = open_comparison(experiment(*AUTO, unlabelled), AXES, out, resume=True)
+    assert grown.budget.finetune[10] == begun.budget.finetune[10]
+    assert {cell.arm.init for cell in grown.cells} == {"standard", "tpp"}
+    assert len(grown.prepared.tpp) > len(grown.prepared.cases("train"))
+    assert "images of TPP" in refused(out)
+    assert "tpp.steps" in refused(out, unlabelled, "tpp.steps=3")
+    assert "pretext.mask_ratio" in refused(out, unlabelled, "pretext.mask_ratio=0.5")
 
 
 def test_folders_of_older_versions_are_gone_on_with(tmp_path):

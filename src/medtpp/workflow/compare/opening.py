@@ -24,7 +24,16 @@ from medtpp.training.tpp import make_pretext, require_pair, resolve_pretext
 from medtpp.workflow.cluster import ClusterOptions
 from medtpp.workflow.compare.axes import AUTO, Axes
 from medtpp.workflow.compare.comparison import Budget, Comparison, Machine
-from medtpp.workflow.compare.plan import Arm, Cell, Labels, base_experiment, cell_experiment, refuse_together, settled
+from medtpp.workflow.compare.plan import (
+    PRIMED,
+    Arm,
+    Cell,
+    Labels,
+    base_experiment,
+    cell_experiment,
+    refuse_together,
+    settled,
+)
 from medtpp.workflow.experiment import validate
 from medtpp.workflow.guards import refuse_changes, refuse_other
 from medtpp.workflow.prepare import Prepared, PreparedData, arrange, foreign_pool, prepare
@@ -35,7 +44,9 @@ Progress = Callable[[int, int], None]
 STUDY = "study.json"
 _AXES, _INPUTS = "axes.json", "inputs.json"
 _FOREIGN, _HELD_OUT, _EXPERIMENT = "foreign images", "test cases are", "experiment"
+_IMAGES = "images of TPP"
 _FREE = ("data.labels",)  # of the experiment: the axes say it, and may grow
+_OF_TPP = ("tpp.", "pretext.")  # of the experiment: nothing has come of it as long as no arm is pre-trained
 
 
 def open_comparison(
@@ -120,8 +131,11 @@ def read_comparison(
     if out is not None and not dry_run:
         refuse_folder(out, map(Path, axes.foreign), resume=resume, overwrite=overwrite)
     kept = out is not None and not overwrite and (out / _AXES).is_file()
+    begun_with_tpp = True
     if out is not None and kept and (resume or dry_run):
-        axes = axes.joined(Axes.load(read_json(out / _AXES)).resolved(experiment))
+        before = Axes.load(read_json(out / _AXES)).resolved(experiment)
+        begun_with_tpp = any(arm.init in PRIMED for arm in before.arms(experiment))
+        axes = axes.joined(before)
     base = _with_pretexts(base_experiment(experiment, axes), axes)
     arms = axes.arms(base)
     with_tpp = sorted((arm for arm in arms if arm.init == "tpp"), key=lambda arm: arm.pretext)  # its own task first
@@ -136,8 +150,8 @@ def read_comparison(
     foreign = foreign_pool(prepared, [Path(path) for path in axes.foreign], progress) if axes.foreign else None
     comparison = _plan(axes, base, prepared, foreign, jobs, cluster, held_out)
     if out is not None and not overwrite and (kept or resume):
-        _refuse_other_experiment(out, comparison)
-        _refuse_other_data(out, _inputs(comparison))
+        _refuse_other_experiment(out, comparison, free=_FREE if begun_with_tpp else (*_FREE, *_OF_TPP))
+        _refuse_other_data(out, _inputs(comparison), free=() if begun_with_tpp else (_IMAGES,))
     return comparison
 
 
@@ -272,7 +286,7 @@ def _inputs(comparison: Comparison) -> dict[str, Any]:
         "accelerator": accelerator,
         "precision": choose_precision(hardware.precision, accelerator)[0],
         **{f"{name} cases": content(prepared, found) for name, found in cases.items()},
-        "images of TPP": content(prepared, prepared.tpp),
+        _IMAGES: content(prepared, prepared.tpp),
         **({_FOREIGN: content(foreign, foreign.tpp)} if foreign else {}),
         **({_HELD_OUT: held_out.title} if held_out else {}),
         _EXPERIMENT: _without_paths(comparison.base).model_dump(mode="json"),
@@ -285,14 +299,14 @@ def _without_paths(experiment: Experiment) -> Experiment:
     return experiment.model_copy(update={"data": data})
 
 
-def _refuse_other_experiment(out: Path, comparison: Comparison) -> None:
+def _refuse_other_experiment(out: Path, comparison: Comparison, *, free: tuple[str, ...]) -> None:
     """What cells derive from is compared, not a cell's own experiment, which lacks other tuners' and budgets' options.
 
     Folders of older versions hold the first arm's at all labels; there, the budgets of cells are looked at, too.
     """
     before = read_json(out / _INPUTS).get(_EXPERIMENT) if (out / _INPUTS).is_file() else None
     if before is not None:  # options that came with a later version have their defaults
-        refuse_other(out, validate(experiment_schema(), before, str(out / _INPUTS)), comparison.base, free=_FREE)
+        refuse_other(out, validate(experiment_schema(), before, str(out / _INPUTS)), comparison.base, free=free)
         return
     refuse_changes(out, comparison.prepared)
     problems = []
@@ -312,12 +326,14 @@ def _refuse_other_experiment(out: Path, comparison: Comparison) -> None:
         )
 
 
-def _refuse_other_data(out: Path, now: dict[str, Any]) -> None:
+def _refuse_other_data(out: Path, now: dict[str, Any], *, free: tuple[str, ...]) -> None:
+    """Foreign images may be added, and what is `free` may be other than it was."""
     if not (out / _INPUTS).is_file() and not (out / "cells").is_dir():  # killed before it had begun
         return
     before = read_json(out / _INPUTS) if (out / _INPUTS).is_file() else {}
-    now = {name: value for name, value in now.items() if name in before or name != _FOREIGN}  # they may be added
-    changed = [name for name in now if name != _EXPERIMENT and json.dumps(before.get(name)) != json.dumps(now[name])]
+    now = {name: value for name, value in now.items() if name in before or name != _FOREIGN}
+    compared = [name for name in now if name not in (_EXPERIMENT, *free)]
+    changed = [name for name in compared if json.dumps(before.get(name)) != json.dumps(now[name])]
     if changed:
         raise ConfigError(
             f"{out} was made otherwise, so its cells and new ones could not be compared. Use --overwrite, or another "
