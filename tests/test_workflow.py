@@ -226,12 +226,12 @@ def test_a_run_from_its_own_experiment_file_has_the_same_bits(tmp_path):
 
 def test_init_resolves_to_itself(tmp_path):
     file = tmp_path / "experiment.yaml"
-    done("init", data_folder(), "--output", file, "--modality", "xray", *settings())
+    done("init", data_folder(), "--out", file, "--modality", "xray", *settings())
     assert file.read_bytes() == (run_folder() / "experiment.yaml").read_bytes()
     written = load_experiment(file)
     assert prepare(written).experiment == written
     assert "auto" not in [written.tpp.head_warmup, written.tpp.checkpoint_every, written.finetune.validate_every]
-    assert "exists" in refused("init", data_folder(), "--output", file)
+    assert "exists" in refused("init", data_folder(), "--out", file)
 
 
 def test_a_kept_split_is_taken(tmp_path):

@@ -23,7 +23,7 @@ from medtpp.errors import OutputError
 
 def init(
     data: Source,
-    output: Annotated[Path, typer.Option("--output", "-o", help="The file to write.")] = Path("experiment.yaml"),
+    output: Annotated[Path, typer.Option("--out", "-o", help="The file to write.")] = Path("experiment.yaml"),
     modality: Modality = None,
     settings: Settings = None,
     unlabelled: Unlabelled = None,
@@ -31,7 +31,7 @@ def init(
 ) -> None:
     """Read and check the data, choose defaults for it, and write them with comments to a file you can edit."""
     if output.exists() and not overwrite:
-        raise OutputError(f"{output} exists. Use --overwrite, or another --output.")
+        raise OutputError(f"{output} exists. Use --overwrite, or another --out.")
     experiment = experiment_from(data, settings, unlabelled, modality)
     from medtpp.workflow.experiment import write_experiment
     from medtpp.workflow.prepare import prepare

@@ -46,7 +46,7 @@ class MaskFormat(StrEnum):
 def predict(
     adapter: Annotated[Path, typer.Argument(help="A fine-tuned adapter folder.")],
     images: Annotated[list[Path], typer.Argument(help="Images or scans, or folders of them.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The CSV file to write; the folder for masks.")],
+    output: Annotated[Path, typer.Option("--out", "-o", help="The CSV file to write; the folder for masks.")],
     others: Annotated[
         list[Path] | None, typer.Option("--with", help="Another adapter, to average the probabilities. Repeatable.")
     ] = None,
@@ -90,9 +90,9 @@ def predict(
     if resume and overwrite:
         raise ConfigError("--resume goes on with what is there, --overwrite replaces it. Choose one.")
     if segments and output.suffix == ".csv":
-        raise OutputError(f"{adapter} segments, so --output names a folder for masks, and {output} looks like a table.")
+        raise OutputError(f"{adapter} segments, so --out names a folder for masks, and {output} looks like a table.")
     if not segments and output.exists() and not overwrite:
-        raise OutputError(f"{output} exists. Use --overwrite, or another --output.")
+        raise OutputError(f"{output} exists. Use --overwrite, or another --out.")
     import torch
 
     from medtpp.inference.cases import image_cases, relative_cases

@@ -86,7 +86,7 @@ def relative_cases(cases: Sequence[Case], paths: Sequence[Path], output: Path) -
             name = place.relative_to(above).as_posix()
             named.setdefault(name, replace(case, id=name))
     if not named:
-        raise DataError(f"All images lie in the output folder {output}. Name another --output.")
+        raise DataError(f"All images lie in the output folder {output}. Name another --out.")
     return list(named.values())
 
 
