@@ -28,12 +28,14 @@ from medtpp.config import AugmentOptions
 from medtpp.data.augment import Augmenter, resolve
 from medtpp.data.augment.rows import number
 from medtpp.seeds import Seeds
+from medtpp.training.device import describe_machine
 
 SHAPES = {"32 x 1 x 128 x 128": (32, 1, 128, 128), "8 x 1 x 64 x 64 x 64": (8, 1, 64, 64, 64)}
 PROBABILITIES = [
     f"{effect}_probability" for effect in ("affine", "elastic", "blur", "low_resolution", "noise", "intensity")
 ]
 CASES = {"usual": AugmentOptions(), "everything": AugmentOptions(**dict.fromkeys(PROBABILITIES, 1.0))}
+PACKAGES = ("medtpp", "monai", "torch", "numpy", "scipy")
 KEYS = ["image", "mask"]
 MODES = ["bilinear", "nearest"]
 
@@ -130,7 +132,8 @@ def main() -> None:
             medians = "".join(f"{summary(results[side]):>10.4g}" for side in sides)
             print(f"{shape_name + ', ' + name:<40}{medians}{ratio:>10.3g}", flush=True)
     if args.out:
-        args.out.write_text(json.dumps({"threads": 1, "results": table}, indent=2) + "\n")
+        machine = describe_machine("cpu", PACKAGES)
+        args.out.write_text(json.dumps({"machine": machine, "results": table}, indent=2) + "\n")
 
 
 if __name__ == "__main__":
