@@ -15,8 +15,9 @@ from exported import CLASSIFY, KINDS, PERCENTILES, SCANS, ZSCORE, adapter, batch
 from medtpp.config import Window
 from medtpp.data.geometry import Volume
 from medtpp.data.preprocess import Preprocessing
-from medtpp.data.volume_preprocess import VolumePreprocessing
+from medtpp.data.volume_preprocess import LEVELS, VolumePreprocessing
 from medtpp.data.volumes.nifti import read_nifti
+from medtpp.errors import ConfigError
 from medtpp.inference import export as exports
 from medtpp.inference.export import bundle as bundles
 from medtpp.inference.export.network import example
@@ -37,6 +38,19 @@ def bundle_of(one, folder, **settings):
     parser.read_config(folder / "configs" / "inference.json")
     parser.update({"bundle_root": str(folder), "device": "$torch.device('cpu')", **settings})
     return parser
+
+
+def transformed(transforms, array, where):
+    """What MONAI makes of (C, D, H, W) with these transforms, those of loading left out."""
+    from monai.data import MetaTensor
+
+    imports = ["$import numpy as np", "$import torch"]
+    steps = ConfigParser({"transforms": transforms, "imports": imports}).get_parsed_content("transforms")[2:]
+    affine = torch.from_numpy(np.diag([-1.0, -1.0, 1.0, 1.0]) @ _affine(where))
+    item = {"image": MetaTensor(torch.from_numpy(array.transpose(0, 3, 2, 1).copy()), affine=affine)}
+    for step in steps:
+        item = step(item)
+    return item["image"].numpy()
 
 
 def scan_labels(one, path):
@@ -90,34 +104,30 @@ class TestBundle:
         assert theirs.shape == ours.shape
         np.testing.assert_allclose(theirs.numpy(), ours, atol=1e-3)  # float16
 
+    def test_the_middle_of_volumes_is_that_of_medtpp(self):
+        crop = VolumePreprocessing(patch=(4, 8, 8), windows=(LEVELS,), spacing=(2, 1, 1), center_crop=(16, 12, 20))
+        array = np.random.default_rng(0).random((1, 12, 30, 26), np.float32) * 255
+        where = geometry(array.shape[1:], (2, 1, 1))
+        ours, _ = crop.apply(Volume(array, where))
+        theirs = transformed(bundles.preprocessing_transforms(crop), array, where)
+        np.testing.assert_allclose(theirs, ours, atol=1e-3)
+        with pytest.raises(ConfigError, match="medtpp predict"):
+            bundles.preprocessing_transforms(crop.model_copy(update={"spacing": None}))
+
     @pytest.mark.parametrize("air", [None, 60.0])
     def test_every_kind_of_window_and_the_crop(self, air, tmp_path):
         fixed = Window(kind="fixed", low=20, high=400)
         preprocessing = VolumePreprocessing(
             patch=(8, 16, 16), windows=(PERCENTILES, fixed, ZSCORE, ZSCORE), air=air, crop=True, margin=2.0
         )
-        parser = ConfigParser(
-            {
-                "transforms": bundles.preprocessing_transforms(preprocessing),
-                "imports": ["$import numpy as np", "$import torch"],
-            }
-        )
-        steps = parser.get_parsed_content("transforms")[2:]  # after loading
         array = np.zeros((4, 20, 30, 24), np.float32)
         array[:3, 5:14, 8:29, 3:22] = np.random.default_rng(0).random((3, 9, 21, 19)) * 500
         array[3, 6:9, 8:29, 3:22] = 80  # content of one value
         where = geometry(array.shape[1:])
         ours, _ = preprocessing.apply(Volume(array, where))
-        from monai.data import MetaTensor
-
-        affine = np.diag([-1.0, -1.0, 1.0, 1.0]) @ _affine(where)
-        item = {
-            "image": MetaTensor(torch.from_numpy(array.transpose(0, 3, 2, 1).copy()), affine=torch.from_numpy(affine))
-        }
-        for step in steps:
-            item = step(item)
-        assert item["image"].shape == ours.shape
-        np.testing.assert_allclose(item["image"].numpy(), ours, atol=1e-3)
+        theirs = transformed(bundles.preprocessing_transforms(preprocessing), array, where)
+        assert theirs.shape == ours.shape
+        np.testing.assert_allclose(theirs, ours, atol=1e-3)
 
     @pytest.mark.parametrize(("mode", "size"), [("L", (50, 41)), ("RGB", (20, 33))])
     @pytest.mark.parametrize("fit", ["stretch", "pad"])

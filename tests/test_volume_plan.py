@@ -265,6 +265,11 @@ def test_what_the_user_says_is_taken():
         (2.0, 1.0, 1.0), (8, 16, 16), (PERCENTILES,), 3.0, True,
     )  # fmt: skip
     assert fit_preprocessing(fingerprint(), (8, 8, 8), VolumeOptions(spacing="none")).spacing is None
+    middle = VolumeOptions(center_crop=(20.0, 25.0, 500.0), spacing=(2.0, 1.0, 1.0))
+    plan = fit_preprocessing(fingerprint(((90, 90, 90),) * 3), (1, 1, 1), middle)
+    assert (plan.patch, plan.center_crop) == ((10, 24, 90), (20.0, 25.0, 500.0))
+    with pytest.raises(ConfigError, match=r"center_crop is \[5.0, 5.0\]: give 3 numbers"):
+        fit_preprocessing(fingerprint(), (8, 8, 8), VolumeOptions(center_crop=(5.0, 5.0)))
     with pytest.raises(ConfigError, match=r"patch is \[9, 9, 9\].*\[8, 8, 8\]"):
         fit_preprocessing(fingerprint(), (8, 8, 8), VolumeOptions(patch=(9, 9, 9)))
 

@@ -216,6 +216,42 @@ def test_the_crop_keeps_the_content_and_a_margin_in_millimetres():
     assert empty.shape == (1, 5, 6, 7)
 
 
+def test_the_middle_is_kept_in_millimetres_whichever_way_the_scan_lies():
+    scan = np.random.default_rng(0).integers(0, 255, (9, 30, 41)).astype(np.float32)
+    prepare = preprocessing((1, 1, 1), (Window(kind="fixed", low=0, high=255),), center_crop=(40, 10, 12))
+    found = []
+    for seed in range(6):
+        where = geometry(scan.shape, (2.0, 1.0, 0.5), seed)
+        result, restore = prepare.apply(Volume(scan[None], where))
+        back = restore.probability(np.ones(restore.shape, np.float32))
+        assert restore.spacing == tuple(where.spacing[axis] for axis in restore.order)
+        sides = dict(zip(restore.order, prepare.center_crop, strict=True))  # of the scan's own axes
+        kept = [int(min(n, sides[axis] / where.spacing[axis])) for axis, n in enumerate(scan.shape)]
+        kept = [k - (n - k) % 2 for n, k in zip(scan.shape, kept, strict=True)]
+        box = tuple(slice((n - k) // 2, n - (n - k) // 2) for n, k in zip(scan.shape, kept, strict=True))
+        assert back.sum() == back[box].size
+        assert back[box].all()
+        assert np.sort(result, axis=None) == pytest.approx(np.sort(scan[box], axis=None) / 255, abs=1e-3)
+        found.append(restore.order)
+    assert len(set(found)) > 1
+
+
+def test_the_middle_of_the_content():
+    scan = np.zeros((12, 12, 12), np.float32)
+    scan[2:8, 4:12, :] = 1
+    where = geometry(scan.shape, (1, 1, 1))
+    prepare = preprocessing((1, 1, 1), crop=True, margin=0, center_crop=(2, 4, 100))
+    _, restore = prepare.apply(Volume(scan[None], where))
+    kept = restore.probability(np.ones(restore.shape, np.float32)).nonzero()
+    assert [(axis.min(), axis.max()) for axis in kept] == [(4, 5), (6, 9), (0, 11)]
+
+
+@pytest.mark.parametrize("wrong", [(1, 1), (1, 0, 1)])
+def test_an_impossible_middle_is_refused(wrong):
+    with pytest.raises(ValidationError, match="center_crop needs 3 positive numbers"):
+        preprocessing((1, 1, 1), center_crop=wrong)
+
+
 @pytest.mark.parametrize("border", ["zero", "edge"])
 def test_thin_volumes_are_padded_evenly_and_masks_alike(border):
     scan = np.arange(1, 3, dtype=np.float32)[:, None, None] * np.ones((2, 4, 4), np.float32) / 2

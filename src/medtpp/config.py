@@ -147,6 +147,9 @@ class VolumeOptions(Options):
     )
     air: float | Auto | None = Field("auto", description="content is brighter than this; null: than the darkest voxel")
     crop: bool | Auto = Field("auto", description="keep the box of the content alone")
+    center_crop: tuple[Rate, ...] | None = Field(
+        None, description="keep the middle alone, so many mm along each axis: of scans cut around what they show"
+    )
 
 
 class DataOptions(Options):

@@ -11,10 +11,11 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from medtpp.config import Options, VolumeOptions, Window
 from medtpp.data.restore import ANISOTROPY
-from medtpp.data.volume_preprocess import LEVELS, VolumePreprocessing
+from medtpp.data.volume_preprocess import LEVELS, VolumePreprocessing, middle
 from medtpp.data.volume_scan import AIR, Units, VolumeScan
 from medtpp.errors import ConfigError, DataError
 
@@ -123,6 +124,8 @@ def fit_preprocessing(
     if options.crop != "auto":
         crop = options.crop
     shapes = np.array(fingerprint.contents if crop else fingerprint.shapes, float)
+    if options.center_crop is not None:
+        shapes = _middles(shapes, options.center_crop, steps)
     if spacing is not None:
         shapes *= steps / np.array(spacing)
     held = np.percentile(shapes, WHOLE, axis=0, method="inverted_cdf") if whole else np.median(shapes, axis=0)
@@ -138,6 +141,7 @@ def fit_preprocessing(
         "windows": windows,
         "air": (AIR if fingerprint.units == "HU" else None) if options.air == "auto" else options.air,
         "crop": crop,
+        "center_crop": options.center_crop,
         "dtype": "uint8" if all(window == LEVELS for window in windows) else "float16",
     }
     return VolumePreprocessing.model_validate(values)
@@ -152,6 +156,7 @@ def as_options(preprocessing: VolumePreprocessing) -> VolumeOptions:
         windows=preprocessing.windows,
         air=preprocessing.air,
         crop=preprocessing.crop,
+        center_crop=preprocessing.center_crop,
     )
 
 
@@ -177,9 +182,23 @@ def _grid(
     return None, tuple(spacing.tolist())
 
 
+def _middles(
+    shapes: NDArray[np.float64], extents: tuple[float, ...], steps: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """(n, dims) what `center_crop` leaves of scans, in their own voxels."""
+    scans = zip(shapes, steps, strict=True)
+    kept = [[middle(int(n), *each) for n, *each in zip(shape, extents, own, strict=True)] for shape, own in scans]
+    return np.array(kept, float)
+
+
 def _require_consistent(options: VolumeOptions, fingerprint: DatasetFingerprint) -> None:
     dims, channels = len(fingerprint.shapes[0]), fingerprint.channels
-    given = {"patch": options.patch, "spacing": options.spacing, "size": options.size}
+    given = {
+        "patch": options.patch,
+        "spacing": options.spacing,
+        "size": options.size,
+        "center_crop": options.center_crop,
+    }
     wrong = {name: value for name, value in given.items() if isinstance(value, tuple) and len(value) != dims}
     problems = [f"data.volume.{name} is {list(value)}: give {dims} numbers" for name, value in wrong.items()]
     windows = None if options.windows == "auto" else len(options.windows)

@@ -47,6 +47,9 @@ class VolumePreprocessing(Options):
         None, description="content is brighter than this, in the file's values; none: than the scan's darkest voxel"
     )
     crop: bool = Field(False, description="keep the box of the content alone")
+    center_crop: tuple[float, ...] | None = Field(
+        None, description="keep the middle of it alone, so many mm along each axis (units as of spacing); none: all"
+    )
     margin: float = Field(10.0, ge=0, description="mm kept around the content")
     interpolation: Literal["linear", "bspline"] = Field("linear", description="of intensities")
     border: Literal["zero", "edge"] = Field(
@@ -65,6 +68,8 @@ class VolumePreprocessing(Options):
             raise ValueError(f"size needs {len(self.patch)} positive numbers, as many as the patch has sides")
         if self.size is not None and self.spacing is not None:
             raise ValueError("spacing and size exclude each other")
+        if self.center_crop is not None and (len(self.center_crop) != len(self.patch) or not min(self.center_crop) > 0):
+            raise ValueError(f"center_crop needs {len(self.patch)} positive numbers, as many as the patch has sides")
         return self
 
     @property
@@ -139,6 +144,10 @@ class VolumePreprocessing(Options):
                 for axis, flip, (first, last) in zip(order, flipped, chosen, strict=True)
             )
             cropped = tuple(last - first for first, last in chosen)
+        if self.center_crop is not None:
+            kept = tuple(map(middle, cropped, self.center_crop, spacing))
+            start = tuple(first + (n - inner) // 2 for first, n, inner in zip(start, cropped, kept, strict=True))
+            cropped = kept
         resized = self.size or cropped
         if self.spacing is not None:
             resized = tuple(
@@ -251,6 +260,16 @@ def content_box(array: NDArray[Any], air: float | None, margin: tuple[float, ...
         first, last = (int(filled[0]), int(filled[-1]) + 1) if len(filled) else (0, size)
         box.append((max(0, first - math.ceil(extra)), min(size, last + math.ceil(extra))))
     return tuple(box)
+
+
+def middle(size: int, extent: float, spacing: float) -> int:
+    """How many of an axis's voxels are kept of an extent in mm around its middle: those that lie in it whole.
+
+    As many are left out on one side as on the other, so that it does not matter which way the axis runs. At least one
+    is kept, or the two in the middle.
+    """
+    most = min(size, int(extent / spacing + 1e-6))
+    return max(most - (size - most) % 2, 2 - size % 2)
 
 
 def _smooth(values: NDArray[np.float32], restore: Restore) -> NDArray[np.float32]:

@@ -19,6 +19,7 @@ from medtpp.adapter import Adapter
 from medtpp.config import Window
 from medtpp.data.preprocess import Preprocessing
 from medtpp.data.volume_preprocess import LEVELS, VolumePreprocessing
+from medtpp.errors import ConfigError
 from medtpp.files import atomic, write_json, write_text
 from medtpp.inference.export.network import (
     TOLERANCE,
@@ -175,7 +176,25 @@ def _scan_transforms(preprocessing: VolumePreprocessing) -> list[Config]:
         transforms.append(
             {"_target_": "Spacingd", "keys": "image", "scale_extent": True, "align_corners": True, **spacing}
         )
-    return transforms
+    return transforms + _center_crop(preprocessing)
+
+
+def _center_crop(preprocessing: VolumePreprocessing) -> list[Config]:
+    """MONAI's crop counts voxels, so that it comes after the spacing, where they have one size.
+
+    Raises:
+        ConfigError: There is no such spacing.
+    """
+    if preprocessing.center_crop is None:
+        return []
+    if preprocessing.spacing is None:
+        raise ConfigError(
+            "This adapter keeps the middle of scans in mm (data.volume.center_crop) at whatever spacing they have, "
+            "which transforms of MONAI cannot say. Export it --to torch or onnx, or use medtpp predict."
+        )
+    pairs = zip(preprocessing.center_crop, preprocessing.spacing, strict=True)
+    roi = [max(1, round(extent / step)) for extent, step in pairs]
+    return [{"_target_": "CenterSpatialCropd", "keys": "image", "roi_size": roi}]
 
 
 def _intensities(preprocessing: VolumePreprocessing) -> Config:

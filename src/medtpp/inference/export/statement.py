@@ -109,6 +109,11 @@ def _scan(preprocessing: VolumePreprocessing) -> list[str]:
     if preprocessing.crop:
         above = "each channel's least value" if preprocessing.air is None else f"{preprocessing.air:g}"
         steps.append(f"Crop to the box of what lies above {above}, with {preprocessing.margin:g} mm on every side.")
+    if preprocessing.center_crop:
+        steps.append(
+            f"Keep the middle {list(preprocessing.center_crop)} mm, {order}, or what there is of them; round to voxels "
+            "so that as many are left out on both sides."
+        )
     windows = [_window(window, preprocessing) for window in preprocessing.windows]
     each = [f"channel {number}: {text}" for number, text in enumerate(windows)]
     steps.append(f"Scale intensities; {windows[0] if len(set(windows)) == 1 else '; '.join(each)}. Cut off the rest.")
