@@ -22,6 +22,7 @@ from medtpp.inference.write import write_mask
 from medtpp.tasks.segmentation import Segmentation
 from runs import cli, done, refused
 from segmenters import PATCH, adapter, in_training, scans, table
+from volume_files import save_nifti, seen_by_others
 from volumes import blobs
 
 
@@ -60,6 +61,42 @@ def test_masks_lie_on_the_voxels_of_their_scans(tmp_path, identity, suffix):
         volume, unit = table(tmp_path / "out")[f"deep/a{suffix}", structure]
         assert unit == "ml"
         assert volume == pytest.approx(expected, rel=1e-5)
+
+
+def test_masks_of_nifti_lie_where_every_reader_sees_the_scan(tmp_path, identity):
+    """Readers choose between a header's two transforms by rules of their own, and take units for millimetres or not."""
+    scanner = np.diag([-0.75, 1.25, 2.5, 1.0])
+    scanner[:3, 3] = 30, -9, 4
+    atlas, sheared, thousandth = scanner.copy(), scanner.copy(), np.diag([0.001, 0.001, 0.001, 1])
+    atlas[:3, 3] += 10, 20, 30
+    sheared[0, 1] = 0.3
+    places = {
+        "atlas": {"affine": atlas, "qform": scanner, "codes": (4, 1)},
+        "sheared": {"affine": sheared, "qform": scanner, "codes": (2, 1)},
+        "one": {"affine": scanner, "codes": (0, 1)},
+        "other": {"affine": scanner, "codes": (3, 0), "pixdim": [1, 0.75, 1.25, 2.5, 0, 0, 0, 0]},
+        "none": {"codes": (0, 0), "pixdim": [1, 0.75, 1.25, 2.5, 0, 0, 0, 0]},
+        "metre": {"affine": thousandth @ scanner, "xyzt_units": 1},
+        "micron": {"affine": np.diag([1000, 1000, 1000, 1]) @ scanner, "xyzt_units": 3},
+        "no unit": {"affine": scanner, "xyzt_units": 0},
+    }
+    labels = blobs((9, 17, 20), 3)
+    (tmp_path / "in").mkdir()
+    for name, place in places.items():
+        save_nifti(tmp_path / "in" / f"{name}.nii.gz", labels.astype(np.int16), **place)
+    nibabel.save(nibabel.Nifti2Image(labels.T, scanner), tmp_path / "in" / "second.nii.gz")  # which ITK cannot read
+    done("predict", adapter(tmp_path / "adapter"), tmp_path / "in", "-o", tmp_path / "out", "--probabilities")
+    affines = [nibabel.load(tmp_path / part / "second.nii.gz").affine for part in ("in", "out")]
+    np.testing.assert_equal(*affines)
+    for name in places:
+        scan, mask = (tmp_path / part / f"{name}.nii.gz" for part in ("in", "out"))
+        assert np.array_equal(np.asarray(nibabel.load(mask).dataobj).T, in_training(labels)), name
+        for written in (mask, tmp_path / "out" / f"{name}_probabilities" / "1_organ.nii.gz"):
+            np.testing.assert_equal(seen_by_others(written), seen_by_others(scan), name)
+        assert np.array_equal(read_mask(mask, read_volume(Case("", scan)).geometry), in_training(labels))
+        size = table(tmp_path / "out")[f"{name}.nii.gz", "organ"][0]
+        voxels = (labels == 1).sum()
+        assert size == pytest.approx(voxels * (1 if name == "none" else 0.75 * 1.25 * 2.5 / 1000), rel=1e-5)
 
 
 @pytest.mark.parametrize("spacing", [None, (1.5, 1.5, 1.5)])

@@ -1,5 +1,7 @@
 """Masks and probabilities as files, in the geometry of their scan; read back they are equal.
 
+Of a scan in NIfTI the header's two transforms, their codes and the unit are taken over as they are.
+
 Structures that overlap become one file each, as in TotalSegmentator, since a mask file holds one value per voxel and
 viewers differ in what they make of four axes. A DICOM segmentation holds overlapping segments in one object.
 
