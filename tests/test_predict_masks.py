@@ -10,9 +10,10 @@ from PIL import Image
 import dicoms as dicom
 from medtpp.adapter import TaskCard, load_adapter
 from medtpp.config import Window
-from medtpp.data.case import Case
+from medtpp.data.case import Case, Structure
 from medtpp.data.geometry import plain_geometry, same_grid
 from medtpp.data.preprocess import Preprocessing
+from medtpp.data.volume_preprocess import label_mask
 from medtpp.data.volumes import read_mask, read_volume
 from medtpp.errors import DataError
 from medtpp.inference.cases import image_cases, relative_cases
@@ -21,7 +22,7 @@ from medtpp.inference.sliding import SlidingWindow, as_member
 from medtpp.inference.write import write_mask
 from medtpp.tasks.segmentation import Segmentation
 from runs import cli, done, refused
-from segmenters import PATCH, adapter, in_training, scans, table
+from segmenters import PATCH, adapter, in_training, scans, table, values_of
 from volume_files import save_nifti, seen_by_others
 from volumes import blobs
 
@@ -168,16 +169,48 @@ def test_structures_that_overlap_are_files_in_a_folder(tmp_path, identity):
         assert np.array_equal(mask, labels >= number)
         found = read_volume(Case("", tmp_path / "out" / "a_probabilities" / f"{name}.nii.gz")).array[0]
         assert np.array_equal(found > 0.5, labels >= number)
+    assert set(values_of(tmp_path / "out").values()) == {1}
     sizes = table(tmp_path / "out")
     assert sizes["a.nii.gz", "organ"][0] > sizes["a.nii.gz", "lesion"][0]
 
 
-def test_numbers_stand_for_structures_of_several_values(tmp_path, identity):
-    labels = scans(tmp_path / "in", "a")["a"]
-    for name, values in (("several", ((3, 4), (7,))), ("large", ((300,), (7,)))):
-        done("predict", adapter(tmp_path / name, values=values), tmp_path / "in", "-o", tmp_path / f"{name}_out")
-        where = read_volume(Case("", tmp_path / "in" / "a.nii.gz")).geometry
-        assert np.array_equal(read_mask(tmp_path / f"{name}_out" / "a.nii.gz", where), labels)
+@pytest.mark.parametrize("kind", ["nii.gz", "nrrd", "mha", "png", "dicom-seg"])
+@pytest.mark.parametrize(
+    ("values", "written", "dtype"),
+    [
+        (((2,), (1,)), (2, 1), np.uint8),
+        (((600,), (2,)), (600, 2), np.uint16),
+        (((3,), (65535,)), (3, 65535), np.uint16),
+        (((9, 4), (7, 5)), (4, 5), np.uint8),  # regions have the smallest of their values
+    ],
+)
+def test_values_are_those_of_the_training(tmp_path, identity, kind, values, written, dtype):
+    dims = 2 if kind == "png" else 3
+    labels = blobs((9, 17, 20), 3) if dims == 3 else blobs((40, 50), 0)
+    if kind == "png":
+        (tmp_path / "in").mkdir()
+        Image.fromarray(labels * np.uint8(120)).save(tmp_path / "in" / "a.png")
+        how = {"windows": (Window(kind="fixed", low=0, high=240),), "dtype": "uint8"}
+    else:
+        images = dicom.slices(labels.astype(np.uint16), RescaleIntercept=0, FrameOfReferenceUID="1.2.3.4")
+        dicom.save(tmp_path / "in", images, [f"a/{index:02}" for index in range(len(images))])
+        how = {}
+    card = adapter(tmp_path / "adapter", dims, values=values, **how)
+    done("predict", card, tmp_path / "in", "-o", tmp_path / "out", "--format", kind)
+    (path,) = (path for path in (tmp_path / "out").iterdir() if path.suffix not in (".csv", ".json"))
+    if kind == "dicom-seg":
+        written = (1, 2)  # segments have numbers of their own
+        read = read_mask(
+            path, read_volume(image_cases([tmp_path / "in"], load_adapter(card).card.preprocessing)[0]).geometry
+        )
+    else:
+        read = read_volume(Case("", path)).array[0]
+        assert read.dtype == dtype
+    assert np.array_equal(read, np.array([0, *written])[labels])
+    assert [*values_of(tmp_path / "out").values()] == [*written]
+    if kind != "dicom-seg":  # and as a mask to train on, it shows the same
+        structures = tuple(map(Structure, ("organ", "lesion"), values))
+        assert np.array_equal(label_mask(read, structures), labels)
 
 
 def test_neighbouring_windows_overlap_and_flip_as_asked(tmp_path, identity):

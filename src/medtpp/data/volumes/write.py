@@ -27,7 +27,7 @@ def write_nifti(path: Path, values: NDArray[Any], geometry: Geometry, slope: flo
 
     Args:
         path: The file.
-        values: (*geometry.shape), uint8 or float32.
+        values: (*geometry.shape), uint8, uint16 or float32.
         geometry: Where they lie.
         slope: What readers multiply the values by.
 
@@ -63,8 +63,8 @@ def write_nifti(path: Path, values: NDArray[Any], geometry: Geometry, slope: flo
             raw.write(values.data)
 
 
-def write_png(path: Path, values: NDArray[np.uint8]) -> None:
-    """Write a grey image or mask, (H, W).
+def write_png(path: Path, values: NDArray[np.unsignedinteger[Any]]) -> None:
+    """Write a grey image or mask, (H, W) uint8 or uint16.
 
     Raises:
         OutputError: The file cannot be written.
