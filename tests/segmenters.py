@@ -46,6 +46,12 @@ def table(folder):
         return {(row["case"], row["structure"]): (float(row["volume"]), row["unit"]) for row in csv.DictReader(stream)}
 
 
+def values_of(folder):
+    """What stands for each structure, by case."""
+    with (folder / "volumes.csv").open(newline="") as stream:
+        return {(row["case"], row["structure"]): int(row["value"]) for row in csv.DictReader(stream)}
+
+
 def in_training(labels):
     return np.array([0, *VALUES], np.uint8)[labels]
 

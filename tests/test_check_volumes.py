@@ -77,6 +77,19 @@ def test_values_that_nobody_named_and_structures_that_nobody_sees():
     assert "No mask shows lesion (2)" in problems["structure-absent"].message
 
 
+def test_negative_values_are_background():
+    odd = {"odd": {"values": (-1, 0, 1)}, "odder": {"values": (-2, -1, 0, 1)}}
+    (problem,) = found(some(**odd)).values()
+    assert (problem.severity, problem.code, problem.cases) == ("warning", "negative-values", ("odd", "odder"))
+    assert "count as background: -2 (in m/odder), -1 (in m/odd, m/odder). " in problem.message
+    both = found({"a": scan("a", values=(-1, 0), labelled=False)}, ())  # nothing else is there
+    assert {name: one.severity for name, one in both.items()} == {
+        "no-structures": "error",
+        "negative-values": "warning",
+    }
+    assert "grey-masks" in found(some(grey={"values": tuple(range(-79, 1))}), ())
+
+
 def test_empty_masks():
     empty = {"values": (0,), "labelled": False}
     problem = found(some(e1=empty, e2=empty))["empty-mask"]

@@ -78,6 +78,8 @@ class TestBundle:
             pytest.param(((1,), (2,)), (16, 16, 8), 0.995, id="one window"),  # medtpp keeps float16
             # Weights under 1/1000 are raised to that by MONAI, which changes the borders of scans.
             pytest.param(((7,), (3,)), (24, 32, 20), 0.9, id="many"),
+            pytest.param(((2,), (600,)), (16, 16, 8), 0.995, id="above 255"),
+            pytest.param(((9, 4), (5, 7)), (16, 16, 8), 0.995, id="several values"),
         ],
     )
     def test_masks_of_volumes_are_those_of_medtpp_on_the_scans_own_grid(self, values, shape, agreement, tmp_path):
@@ -90,7 +92,7 @@ class TestBundle:
         found, source = nibabel.load(mask), nibabel.load(scan)
         assert found.shape == source.shape
         np.testing.assert_allclose(found.affine, source.affine, atol=1e-4)
-        ours = np.array([0, *(value for (value,) in values)])[scan_labels(one, scan)]
+        ours = np.array([0, *map(min, values)])[scan_labels(one, scan)]
         theirs = np.asarray(found.dataobj).T  # ours are (D, H, W)
         assert len(np.unique(ours)) > 1
         assert (theirs == ours).mean() > agreement
@@ -145,14 +147,18 @@ class TestBundle:
         ours = torch.from_numpy(preprocessing.apply(levels)).float() / 255
         torch.testing.assert_close(item["image"].as_tensor(), ours, atol=1e-6, rtol=0)
 
-    def test_masks_of_photographs_have_their_size(self, tmp_path):
-        one = made("masks in 2D")
+    @pytest.mark.parametrize("values", [((1,), (2,)), ((2,), (600,))])
+    def test_masks_of_photographs_have_their_size_and_the_values_of_the_training(self, values, tmp_path):
+        one = made("masks in 2D", values=values)
         (tmp_path / "images").mkdir()
         levels = (blobs((48, 40)) * 100).astype(np.uint8)
         Image.fromarray(levels).save(tmp_path / "images" / "a.png")
         bundle_of(one, tmp_path / "out", dataset_dir=str(tmp_path / "images")).get_parsed_content("run")
         (mask,) = (tmp_path / "out" / "eval").glob("*.png")
-        assert np.asarray(Image.open(mask)).shape == levels.shape
+        found = np.asarray(Image.open(mask))
+        assert found.shape == levels.shape
+        assert set(np.unique(found)) <= {0, *(value for (value,) in values)}
+        assert found.any()
 
     @pytest.mark.parametrize("multilabel", [False, True])
     def test_volumes_are_classified_by_the_mean_over_windows(self, multilabel, tmp_path, capsys):

@@ -27,6 +27,7 @@ from medtpp.tuners.base import TunedBackbone
 from medtpp.workflow.images import VOLUME_PATCH
 from medtpp.workflow.prepare import arrange, prepare
 from medtpp.workflow.run import evaluate_stage, finetune_stage, tpp_stage
+from runs import done
 
 WRITERS = {"2D": scans.write_pictures, "3D": scans.write_volumes}
 QUIET = lambda _: None  # noqa: E731
@@ -260,6 +261,28 @@ def test_volumes_are_classified_by_patches(tmp_path):
     adapter = finetune_stage(prepared, tmp_path / "finetune", QUIET)
     evaluation = evaluate_stage(prepared, adapter, tmp_path / "evaluation", resamples=50)
     assert evaluation.metrics["auc"].value is not None
+
+
+def test_negative_values_are_background_from_check_to_predict(tmp_path):
+    folder = scans.write_volumes(tmp_path / "scans")
+    for path in (folder / "masks").iterdir():
+        mask = SimpleITK.ReadImage(str(path), SimpleITK.sitkInt16)
+        SimpleITK.WriteImage(mask - 3 * SimpleITK.Cast(mask == 2, SimpleITK.sitkInt16), str(path))  # 2 becomes -1
+    settings = [word for setting in scans.SETTINGS for word in ("--set", setting)]
+    file, out = tmp_path / "experiment.yaml", tmp_path / "run"
+    said = [
+        done("check", folder),
+        done("init", folder, "-o", file, "--modality", "mri", *settings),
+        done("run", file, "--out", out),
+    ]
+    for result in said:
+        assert "count as background: -1 (in 6 cases such as masks/p0.nii.gz)" in result.text
+    assert "structures foreground in 6 masks" in said[0].text
+    adapter = out / "finetune" / "adapter"
+    assert read_card(adapter).task.structures == (Structure("foreground", (1,)),)
+    done("predict", adapter, folder / "images" / "p0.nii.gz", "-o", tmp_path / "masks")
+    predicted = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(tmp_path / "masks" / "p0.nii.gz")))
+    assert set(np.unique(predicted)) <= {0, 1}
 
 
 @pytest.mark.parametrize(

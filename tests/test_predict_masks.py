@@ -10,9 +10,10 @@ from PIL import Image
 import dicoms as dicom
 from medtpp.adapter import TaskCard, load_adapter
 from medtpp.config import Window
-from medtpp.data.case import Case
+from medtpp.data.case import Case, Structure
 from medtpp.data.geometry import plain_geometry, same_grid
 from medtpp.data.preprocess import Preprocessing
+from medtpp.data.volume_preprocess import label_mask
 from medtpp.data.volumes import read_mask, read_volume
 from medtpp.errors import DataError
 from medtpp.inference.cases import image_cases, relative_cases
@@ -21,7 +22,8 @@ from medtpp.inference.sliding import SlidingWindow, as_member
 from medtpp.inference.write import write_mask
 from medtpp.tasks.segmentation import Segmentation
 from runs import cli, done, refused
-from segmenters import PATCH, adapter, in_training, scans, table
+from segmenters import PATCH, adapter, in_training, scans, table, values_of
+from volume_files import save_nifti, seen_by_others
 from volumes import blobs
 
 
@@ -60,6 +62,42 @@ def test_masks_lie_on_the_voxels_of_their_scans(tmp_path, identity, suffix):
         volume, unit = table(tmp_path / "out")[f"deep/a{suffix}", structure]
         assert unit == "ml"
         assert volume == pytest.approx(expected, rel=1e-5)
+
+
+def test_masks_of_nifti_lie_where_every_reader_sees_the_scan(tmp_path, identity):
+    """Readers choose between a header's two transforms by rules of their own, and take units for millimetres or not."""
+    scanner = np.diag([-0.75, 1.25, 2.5, 1.0])
+    scanner[:3, 3] = 30, -9, 4
+    atlas, sheared, thousandth = scanner.copy(), scanner.copy(), np.diag([0.001, 0.001, 0.001, 1])
+    atlas[:3, 3] += 10, 20, 30
+    sheared[0, 1] = 0.3
+    places = {
+        "atlas": {"affine": atlas, "qform": scanner, "codes": (4, 1)},
+        "sheared": {"affine": sheared, "qform": scanner, "codes": (2, 1)},
+        "one": {"affine": scanner, "codes": (0, 1)},
+        "other": {"affine": scanner, "codes": (3, 0), "pixdim": [1, 0.75, 1.25, 2.5, 0, 0, 0, 0]},
+        "none": {"codes": (0, 0), "pixdim": [1, 0.75, 1.25, 2.5, 0, 0, 0, 0]},
+        "metre": {"affine": thousandth @ scanner, "xyzt_units": 1},
+        "micron": {"affine": np.diag([1000, 1000, 1000, 1]) @ scanner, "xyzt_units": 3},
+        "no unit": {"affine": scanner, "xyzt_units": 0},
+    }
+    labels = blobs((9, 17, 20), 3)
+    (tmp_path / "in").mkdir()
+    for name, place in places.items():
+        save_nifti(tmp_path / "in" / f"{name}.nii.gz", labels.astype(np.int16), **place)
+    nibabel.save(nibabel.Nifti2Image(labels.T, scanner), tmp_path / "in" / "second.nii.gz")  # which ITK cannot read
+    done("predict", adapter(tmp_path / "adapter"), tmp_path / "in", "-o", tmp_path / "out", "--probabilities")
+    affines = [nibabel.load(tmp_path / part / "second.nii.gz").affine for part in ("in", "out")]
+    np.testing.assert_equal(*affines)
+    for name in places:
+        scan, mask = (tmp_path / part / f"{name}.nii.gz" for part in ("in", "out"))
+        assert np.array_equal(np.asarray(nibabel.load(mask).dataobj).T, in_training(labels)), name
+        for written in (mask, tmp_path / "out" / f"{name}_probabilities" / "1_organ.nii.gz"):
+            np.testing.assert_equal(seen_by_others(written), seen_by_others(scan), name)
+        assert np.array_equal(read_mask(mask, read_volume(Case("", scan)).geometry), in_training(labels))
+        size = table(tmp_path / "out")[f"{name}.nii.gz", "organ"][0]
+        voxels = (labels == 1).sum()
+        assert size == pytest.approx(voxels * (1 if name == "none" else 0.75 * 1.25 * 2.5 / 1000), rel=1e-5)
 
 
 @pytest.mark.parametrize("spacing", [None, (1.5, 1.5, 1.5)])
@@ -131,16 +169,48 @@ def test_structures_that_overlap_are_files_in_a_folder(tmp_path, identity):
         assert np.array_equal(mask, labels >= number)
         found = read_volume(Case("", tmp_path / "out" / "a_probabilities" / f"{name}.nii.gz")).array[0]
         assert np.array_equal(found > 0.5, labels >= number)
+    assert set(values_of(tmp_path / "out").values()) == {1}
     sizes = table(tmp_path / "out")
     assert sizes["a.nii.gz", "organ"][0] > sizes["a.nii.gz", "lesion"][0]
 
 
-def test_numbers_stand_for_structures_of_several_values(tmp_path, identity):
-    labels = scans(tmp_path / "in", "a")["a"]
-    for name, values in (("several", ((3, 4), (7,))), ("large", ((300,), (7,)))):
-        done("predict", adapter(tmp_path / name, values=values), tmp_path / "in", "-o", tmp_path / f"{name}_out")
-        where = read_volume(Case("", tmp_path / "in" / "a.nii.gz")).geometry
-        assert np.array_equal(read_mask(tmp_path / f"{name}_out" / "a.nii.gz", where), labels)
+@pytest.mark.parametrize("kind", ["nii.gz", "nrrd", "mha", "png", "dicom-seg"])
+@pytest.mark.parametrize(
+    ("values", "written", "dtype"),
+    [
+        (((2,), (1,)), (2, 1), np.uint8),
+        (((600,), (2,)), (600, 2), np.uint16),
+        (((3,), (65535,)), (3, 65535), np.uint16),
+        (((9, 4), (7, 5)), (4, 5), np.uint8),  # regions have the smallest of their values
+    ],
+)
+def test_values_are_those_of_the_training(tmp_path, identity, kind, values, written, dtype):
+    dims = 2 if kind == "png" else 3
+    labels = blobs((9, 17, 20), 3) if dims == 3 else blobs((40, 50), 0)
+    if kind == "png":
+        (tmp_path / "in").mkdir()
+        Image.fromarray(labels * np.uint8(120)).save(tmp_path / "in" / "a.png")
+        how = {"windows": (Window(kind="fixed", low=0, high=240),), "dtype": "uint8"}
+    else:
+        images = dicom.slices(labels.astype(np.uint16), RescaleIntercept=0, FrameOfReferenceUID="1.2.3.4")
+        dicom.save(tmp_path / "in", images, [f"a/{index:02}" for index in range(len(images))])
+        how = {}
+    card = adapter(tmp_path / "adapter", dims, values=values, **how)
+    done("predict", card, tmp_path / "in", "-o", tmp_path / "out", "--format", kind)
+    (path,) = (path for path in (tmp_path / "out").iterdir() if path.suffix not in (".csv", ".json"))
+    if kind == "dicom-seg":
+        written = (1, 2)  # segments have numbers of their own
+        read = read_mask(
+            path, read_volume(image_cases([tmp_path / "in"], load_adapter(card).card.preprocessing)[0]).geometry
+        )
+    else:
+        read = read_volume(Case("", path)).array[0]
+        assert read.dtype == dtype
+    assert np.array_equal(read, np.array([0, *written])[labels])
+    assert [*values_of(tmp_path / "out").values()] == [*written]
+    if kind != "dicom-seg":  # and as a mask to train on, it shows the same
+        structures = tuple(map(Structure, ("organ", "lesion"), values))
+        assert np.array_equal(label_mask(read, structures), labels)
 
 
 def test_neighbouring_windows_overlap_and_flip_as_asked(tmp_path, identity):

@@ -274,6 +274,9 @@ def test_all_mistakes_of_structures_are_told_together():
     assert "'f', 'g' have the same value 5" in told
     assert "'h' is there 2 times" in told
     assert len(error.value.problems) == 8
+    for value in (-1, 1 << 16):
+        with pytest.raises(DataError, match=rf"'a': \[1, {value}\] is no value of a structure, .* from 1 to 65535"):
+            parse_structures({"a": [1, value]}, "FIELD")
     with pytest.raises(DataError, match="nothing is named but the background"):
         parse_structures({"0": "background"}, "x")
 

@@ -205,6 +205,10 @@ def test_structures_that_nobody_named(tmp_path):
     assert found(0, 255) == (Structure("foreground", (255,)),)
     assert found(0, 2, 1) == (Structure("1", (1,)), Structure("2", (2,)))
     assert found(0) == ()
+    assert found(-1, 0, 3, -7, 1) == (Structure("1", (1,)), Structure("3", (3,)))
+    assert found(-1, 0) == found(*range(-90, 2)) == ()
+    (scan,) = scan_volumes(values(-1, 0), (), "unknown", READER).values()
+    assert (scan.values, scan.labelled) == ((-1, 0), False)
     assert found(*range(90)) == ()  # grey levels, which check tells
 
 

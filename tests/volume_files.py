@@ -45,6 +45,14 @@ def save_nifti(path, values=VALUES, affine=None, codes=(1, 1), qform=None, **hea
     return path
 
 
+def seen_by_others(path):
+    """Where nibabel and ITK see the voxels of a NIfTI file: what `numpy.testing.assert_equal` compares."""
+    image, header = sitk.ReadImage(str(path)), nib.load(path).header
+    places = [nib.load(path).affine, header.get_sform(coded=True), header.get_qform(coded=True)]
+    steps = [header.get_zooms(), header.get_xyzt_units(), image.GetSpacing()]
+    return [*places, *steps, image.GetOrigin(), image.GetDirection()]
+
+
 def message(path, **options):
     with pytest.raises(DataError) as caught:
         read(path, **options)

@@ -13,7 +13,7 @@ import platform
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 from safetensors.torch import load_file, save_file
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from medtpp import backbones, tuners
 from medtpp.config import TASKS, TUNERS, BackboneOptions, Modality, Options
-from medtpp.data.case import Structure
+from medtpp.data.case import MASK_VALUES, Structure
 from medtpp.data.fingerprints import Fingerprints
 from medtpp.data.preprocess import Preprocessing
 from medtpp.data.volume_preprocess import VolumePreprocessing
@@ -88,6 +88,9 @@ class RandomDirectionCard(TPPCard):
     control: Literal["random_direction"]
 
 
+MaskValue = Annotated[int, Field(gt=0, lt=MASK_VALUES)]
+
+
 class TaskCard(Options):
     """What the head predicts.
 
@@ -97,7 +100,7 @@ class TaskCard(Options):
     options: dict[str, Any]
     classes: tuple[str, ...]
     multilabel: bool
-    mask_values: tuple[tuple[int, ...], ...] = ()
+    mask_values: tuple[tuple[MaskValue, ...], ...] = ()
     positive: str | None = None
     thresholds: dict[str, float] = Field(default_factory=dict)
     threshold_notes: tuple[str, ...] = ()

@@ -70,8 +70,8 @@ def predict(
 ) -> None:
     """Write a probability per class for each image, or a mask for each scan.
 
-    Masks lie on the voxels of their scans; volumes.csv tells the size of each structure. Unreadable files are listed,
-    the rest is done: exit status 1.
+    Masks lie on the voxels of their scans; volumes.csv tells the size of each structure, and its value in the masks.
+    Unreadable files are listed, the rest is done: exit status 1.
     """
     from medtpp.adapter import read_card
 
@@ -157,7 +157,7 @@ def _segment(
     before = f"; {len(result.skipped)} were there" if result.skipped else ""
     spent = ", ".join(f"{what} {seconds:.1f} s" for what, seconds in result.seconds.items())
     console.print(f"{count(result.done, 'image')} segmented{before}: {output}", markup=False, soft_wrap=True)
-    console.print(f"sizes of structures: {output / VOLUMES}", markup=False, soft_wrap=True)
+    console.print(f"sizes of structures, and their values in masks: {output / VOLUMES}", markup=False, soft_wrap=True)
     if spent:
         console.print(f"time: {spent}", markup=False)
     return result.unreadable

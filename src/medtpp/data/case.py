@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 SPLITS = ("train", "val", "test")
+MASK_VALUES = 1 << 16  # between the least and the greatest value of a mask: more are no labels
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,14 @@ class Structure:
 
     name: str
     values: tuple[int, ...]
+
+    @property
+    def value(self) -> int:
+        """What stands for it in predicted masks: its value in those of the training, of several the smallest.
+
+        Structures that share no value are told apart by it, and read back it means the same structure.
+        """
+        return min(self.values)
 
 
 @dataclass(frozen=True)

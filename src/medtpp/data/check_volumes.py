@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -179,7 +179,7 @@ def _masks(dataset: Dataset, scans: Mapping[Case, VolumeScan]) -> list[Problem]:
     named = {structure.name: structure.values for structure in dataset.structures}
     wanted = ", ".join(f"{name} {first_few(numbers)}" for name, numbers in named.items())
     empty = {case.id: name for case, (name, scan) in masks.items() if not scan.labelled}
-    problems = []
+    problems = _negative(masks, holders)
     if len(empty) == len(masks):
         looked = f" of the structures ({wanted})" if wanted else ""
         none = agree(masks, "The only mask shows none", f"None of the {len(masks)} masks shows any")
@@ -187,17 +187,15 @@ def _masks(dataset: Dataset, scans: Mapping[Case, VolumeScan]) -> list[Problem]:
         text = f"{none}{looked}; {hold} {first_few(sorted(holders))}."
         if wanted:
             text += " Correct data.structures, or dataset.json."
-        return [error("no-structures", text, empty)]
-    foreign = set(values).difference(*named.values()) if named else set()
+        return [error("no-structures", text, empty), *problems]
+    foreign = {value for value in values if value > 0}.difference(*named.values()) if named else set()
     if foreign:
         where = first_few((f"{value} (in {_some(holders[value])})" for value in sorted(foreign)), 8)
         text = (
             f"Values in masks that belong to no structure count as background: {where}. Structures are {wanted}; name "
             "the others in data.structures if they mean something."
         )
-        names = {name for value in foreign for name in holders[value]}
-        cases = [case.id for case, (name, _) in masks.items() if name in names]
-        problems.append(warning("values-of-no-structure", text, cases))
+        problems.append(warning("values-of-no-structure", text, _with_values(masks, foreign)))
     absent = [f"{name} ({first_few(numbers)})" for name, numbers in named.items() if holders.keys().isdisjoint(numbers)]
     if absent:
         text = f"No mask shows {first_few(absent)}: what is not there cannot be learnt."
@@ -210,6 +208,29 @@ def _masks(dataset: Dataset, scans: Mapping[Case, VolumeScan]) -> list[Problem]:
         )
         problems.append(warning("empty-mask", text, empty))
     return problems
+
+
+def _negative(masks: Mapping[Case, tuple[str, VolumeScan]], holders: Mapping[int, Sequence[str]]) -> list[Problem]:
+    """Values below 0, which are no structures.
+
+    Args:
+        masks: The name of each case's mask, and what reading it told.
+        holders: Names of masks by value.
+    """
+    negative = {value for value in holders if value < 0}
+    if not negative:
+        return []
+    where = first_few((f"{value} (in {_some(holders[value])})" for value in sorted(negative)), 8)
+    text = (
+        f"Negative values in masks count as background: {where}. Often they mark what is to be ignored, which is not "
+        "possible here: it is learnt as background. Write a value above 0 in their place if they mean a structure."
+    )
+    return [warning("negative-values", text, _with_values(masks, negative))]
+
+
+def _with_values(masks: Mapping[Case, tuple[str, VolumeScan]], values: Set[int]) -> list[str]:
+    """Ids of the cases whose masks hold any of some values."""
+    return [case.id for case, (_, scan) in masks.items() if not values.isdisjoint(scan.values or ())]
 
 
 def _turned(scans: Mapping[Case, VolumeScan]) -> list[Problem]:

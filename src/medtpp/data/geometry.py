@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -23,8 +24,9 @@ class Geometry:
         origin: Coordinates of the first element.
         directions: For each axis of the array a unit vector of coordinates.
         known: Whether the file told spacing and position. PNG and JPEG do not.
-        affine: Of an image of two dimensions whose NIfTI file places it in the patient, which two coordinates cannot
-            hold: (4, 4), from NIfTI's indices to NIfTI's coordinates in mm. What is written on its grid gets it.
+        nifti: Of a NIfTI file, the fields of its header that place its voxels, by name: two transforms that may differ,
+            whose choice is each reader's own, and the unit. What is written on this grid as NIfTI gets them as they
+            are, so that every reader sees it where it sees the scan. They do not count when geometries are compared.
     """
 
     shape: tuple[int, ...]
@@ -32,7 +34,7 @@ class Geometry:
     origin: tuple[float, ...]
     directions: tuple[tuple[float, ...], ...]
     known: bool = True
-    affine: tuple[tuple[float, ...], ...] | None = None
+    nifti: Mapping[str, tuple[float, ...]] | None = field(default=None, compare=False)
 
     @property
     def dims(self) -> int:

@@ -18,14 +18,13 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from medtpp.config import Options, Window
-from medtpp.data.case import Structure
+from medtpp.data.case import MASK_VALUES, Structure
 from medtpp.data.decode import luma
 from medtpp.data.geometry import Geometry, Volume
 from medtpp.data.restore import Restore, axes_to_ras
 from medtpp.errors import DataError
 
 LEVELS = Window(kind="fixed", low=0, high=255)  # of photographs
-MASK_VALUES = 1 << 16  # between the least and the greatest value of a mask
 
 
 class VolumePreprocessing(Options):

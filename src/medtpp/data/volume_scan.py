@@ -37,7 +37,7 @@ SAMPLES = 10_000  # voxels per case that percentiles over the data set are made 
 WORKERS = 4  # volumes in memory at a time; SimpleITK itself uses all cores
 MOST_VALUES = 64  # in a mask; more are grey levels
 FIRST_QUARTER_TURN = 5  # of EXIF's orientations: from here on rows and columns are swapped
-VERSION = 2  # of what is kept; changes with the arithmetic
+VERSION = 3  # of what is kept; changes with the arithmetic
 
 Units = Literal["HU", "levels", "none"]
 
@@ -74,7 +74,7 @@ class VolumeScan:
         units: Of the values; of CT in other files than DICOM by the data set's modality.
         channels: How many.
         content: Shape of the box of what is brighter than air.
-        values: The values in the mask, 0 included; None without a mask.
+        values: The values in the mask, 0 and negative ones included; None without a mask.
         mask_fingerprint: Of the mask as it was read, 32 hexadecimal digits; empty without one.
         labelled: Whether the mask shows any structure.
         outside: Whether structures lie outside that box.
@@ -118,8 +118,8 @@ def scan_volumes(
 
     Args:
         cases: With masks or without.
-        structures: What masks show; () if nobody has named it, so that all values but 0 are structures; None leaves the
-            masks alone.
+        structures: What masks show; () if nobody has named it, so that all values above 0 are structures; None leaves
+            the masks alone.
         modality: "ct": files that tell no units, such as NIfTI, hold HU.
         reader: Reads images and masks.
         folder: Where what reading told is kept; `cache_root()` by default.
@@ -183,22 +183,23 @@ def _keep(path: Path, scan: VolumeScan) -> None:
 
 
 def structures_in(scans: Iterable[VolumeScan]) -> tuple[Structure, ...]:
-    """A structure for each value in some masks, where nobody has named them: by its number, or "foreground" for one.
+    """A structure for each value above 0, where nobody has named them: by its number, or "foreground" for one.
 
     None where there are too many values for labels: `check` tells that they are grey levels.
     """
-    values = sorted({value for scan in scans for value in scan.values or ()} - {0})
-    if len(values) > MOST_VALUES:
+    found = {value for scan in scans for value in scan.values or ()} - {0}
+    if len(found) > MOST_VALUES:
         return ()
+    values = sorted(value for value in found if value > 0)
     if len(values) == 1:
         return (Structure("foreground", (values[0],)),)
     return tuple(Structure(str(value), (value,)) for value in values)
 
 
 def _labels(path: Path, mask: NDArray[Any], structures: Sequence[Structure]) -> NDArray[Any]:
-    """Where the structures are; anything but 0 where nobody has named them."""
+    """Where the structures are; anything above 0 where nobody has named them."""
     try:
-        return label_mask(mask, structures) if structures else mask != 0
+        return label_mask(mask, structures) if structures else mask > 0
     except DataError as error:
         raise DataError(f"{path}: {error.message}") from error
 

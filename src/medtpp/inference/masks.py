@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +22,7 @@ from medtpp.inference.cases import VOLUMES, is_dicom_case
 from medtpp.inference.write import structure_path, write_dicom_seg, write_mask, write_overlapping
 
 Format = Literal["auto", "nii.gz", "nii", "nrrd", "mha", "png", "dicom-seg"]
-LEVELS = 256  # of masks, which have 8 bits
+LEVELS = 256  # of labels in memory, which have 8 bits
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,14 @@ class Target:
     Attributes:
         place: Of the mask: a file, or the folder of one file for each structure.
         suffix: Of the mask's files: ".dcm" is a DICOM segmentation.
+        values: What stands for each structure in them.
         masks: The files of the mask.
         maps: The files of the probabilities, one for each structure; () where they are not wanted.
     """
 
     place: Path
     suffix: str
+    values: tuple[int, ...]
     masks: tuple[Path, ...]
     maps: tuple[Path, ...]
 
@@ -54,7 +56,8 @@ def plan_targets(
 
     With `auto`, NIfTI, NRRD and MetaImage stay what they are, DICOM volumes become DICOM segmentations, and images of
     two dimensions PNG. Structures that overlap lie in a folder of the case's name, since a mask file holds one value
-    per voxel; a DICOM segmentation holds them all.
+    per voxel; a DICOM segmentation holds them all. Values are those of the training (see `Structure.value`), but 1 in
+    a file for one structure, and in a DICOM segmentation the segment's number, counted from 1.
 
     Args:
         cases: With ids relative to a folder.
@@ -86,7 +89,8 @@ def plan_targets(
         masks = [structure_path(place, number, one, suffix) for number, one in numbered] if folder else [place]
         beside = output / f"{stem}_probabilities"
         maps = [structure_path(beside, number, one, ".nii.gz") for number, one in numbered] if probabilities else []
-        targets[case.id] = Target(place, suffix, tuple(masks), tuple(maps))
+        values = tuple(number if suffix == ".dcm" else 1 if folder else one.value for number, one in numbered)
+        targets[case.id] = Target(place, suffix, values, tuple(masks), tuple(maps))
         taken[str(place).casefold()].append(case.id)  # as file systems that do not tell a.png from A.png
     doubled = [" and ".join(names) for names in taken.values() if len(names) > 1]
     if doubled:
@@ -125,27 +129,26 @@ def write_case(target: Target, labels: NDArray[np.uint8], card: TaskCard, case: 
     elif card.multilabel:
         write_overlapping(target.place, labels, card.structures, geometry, target.suffix)
     else:
-        write_mask(target.place, as_in_training(labels, card.structures), geometry)
+        write_mask(target.place, with_values(labels, target.values), geometry)
 
 
-def as_in_training(labels: NDArray[np.uint8], structures: Sequence[Structure]) -> NDArray[np.uint8]:
-    """Numbers of structures as the values of the training masks, where each structure has one that fits into 8 bits.
-
-    Otherwise numbers stay numbers.
+def with_values(labels: NDArray[np.uint8], values: Sequence[int]) -> NDArray[np.unsignedinteger[Any]]:
+    """Values in the place of numbers of structures.
 
     Args:
         labels: (*spatial), i for the i-th structure.
-        structures: What they mean.
+        values: What stands for each structure, above 0.
+
+    Returns:
+        (*spatial), uint8 where the values fit, else uint16.
     """
-    table = np.zeros(LEVELS, np.uint8)
-    for number, structure in enumerate(structures, start=1):
-        if len(structure.values) != 1 or not 0 < structure.values[0] < LEVELS:
-            return labels
-        table[number] = structure.values[0]
-    values = np.empty_like(labels)
-    for source, target in zip(labels, values, strict=True):  # slice by slice: an index takes eight bytes per voxel
+    kind = np.uint8 if max(values) < LEVELS else np.uint16
+    table: NDArray[np.unsignedinteger[Any]] = np.zeros(LEVELS, kind)
+    table[1 : len(values) + 1] = values
+    mask: NDArray[np.unsignedinteger[Any]] = np.empty(labels.shape, kind)
+    for source, target in zip(labels, mask, strict=True):  # slice by slice: an index takes eight bytes per voxel
         target[...] = table[source]
-    return values
+    return mask
 
 
 def measured(

@@ -3,7 +3,8 @@
 OUT/inputs.json         # what the masks depend on: adapters and options
 OUT/CASE.nii.gz, ...    # see `plan_targets`
 OUT/CASE_probabilities/ # where wanted: a map for each structure
-OUT/volumes.csv         # case,structure,volume,unit: a line for each structure of the cases that are done
+OUT/volumes.csv         # case,structure,value,volume,unit: a line for each structure of the cases that are done;
+                        # value is what stands for it in the case's mask
 
 One case is predicted while the next one is read. Peak memory: what `read_ahead` and `SlidingWindow` document.
 """
@@ -41,7 +42,7 @@ from medtpp.inference.stored import patches_at_once
 from medtpp.inference.write import write_probability
 
 VOLUMES = "volumes.csv"
-_COLUMNS = ["case", "structure", "volume", "unit"]
+_COLUMNS = ["case", "structure", "value", "volume", "unit"]
 
 
 class SegmentOptions(Options):
@@ -168,7 +169,7 @@ class _Segmenter:
                 for path, one in zip(target.maps, maps[0 if overlapping else 1 :], strict=True):
                     write_probability(path, scan.restore.probability(one), geometry)
             sizes, unit = measured(labels, self.card.structures, geometry, overlapping=overlapping)
-            table.add(case.id, zip(self.card.classes, sizes, strict=True), unit)
+            table.add(case.id, zip(self.card.classes, target.values, sizes, strict=True), unit)
 
 
 def _inputs(adapters: Sequence[Adapter], options: SegmentOptions) -> dict[str, Any]:
@@ -226,11 +227,12 @@ class _Table:
         self.cases = {case for case, count in counts.items() if count == structures} - unfinished
         write_text(path, _lines([_COLUMNS, *(row for row in lines if row[0] in self.cases)]))
 
-    def add(self, case: str, sizes: Iterable[tuple[str, float]], unit: str) -> None:
+    def add(self, case: str, structures: Iterable[tuple[str, int, float]], unit: str) -> None:
         """Write the lines of one case."""
         try:
             with self.path.open("a", encoding="utf-8", newline="") as stream:
-                stream.write(_lines([case, name, f"{size:.6g}", unit] for name, size in sizes))
+                lines = ([case, name, str(value), f"{size:.6g}", unit] for name, value, size in structures)
+                stream.write(_lines(lines))
         except OSError as error:
             raise OutputError(f"Cannot write {self.path}: {error.strerror}. Free some space.") from error
 

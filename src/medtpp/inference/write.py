@@ -1,5 +1,7 @@
 """Masks and probabilities as files, in the geometry of their scan; read back they are equal.
 
+Of a scan in NIfTI the header's two transforms, their codes and the unit are taken over as they are.
+
 Structures that overlap become one file each, as in TotalSegmentator, since a mask file holds one value per voxel and
 viewers differ in what they make of four axes. A DICOM segmentation holds overlapping segments in one object.
 
@@ -44,12 +46,12 @@ _MAY_BE_EMPTY = (
 _NEEDED = ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID")
 
 
-def write_mask(path: Path, labels: NDArray[np.uint8], geometry: Geometry) -> None:
+def write_mask(path: Path, labels: NDArray[np.unsignedinteger[Any]], geometry: Geometry) -> None:
     """Write a mask as the suffix says: .nii, .nii.gz, .nrrd, .mha or (in two dimensions) .png.
 
     Args:
         path: The file; written whole or not at all.
-        labels: (*geometry.shape), values as they are to be in the file.
+        labels: (*geometry.shape), uint8 or uint16: values as they are to be in the file.
         geometry: Of the scan.
 
     Raises:
@@ -165,13 +167,13 @@ def write_dicom_seg(
         temporary.write_bytes(content.getbuffer())
 
 
-def _on_grid(labels: NDArray[np.uint8], geometry: Geometry) -> NDArray[np.uint8]:
+def _on_grid(labels: NDArray[np.unsignedinteger[Any]], geometry: Geometry) -> NDArray[np.unsignedinteger[Any]]:
     if labels.shape != geometry.shape:
         raise ValueError(f"labels of shape {labels.shape} are not on a grid of shape {geometry.shape}")
     return np.ascontiguousarray(labels)
 
 
-def _write_itk(path: Path, values: NDArray[np.uint8], geometry: Geometry) -> None:
+def _write_itk(path: Path, values: NDArray[np.unsignedinteger[Any]], geometry: Geometry) -> None:
     import SimpleITK as sitk  # noqa: N813 - the name that everybody knows it by
 
     image = sitk.GetImageFromArray(values)

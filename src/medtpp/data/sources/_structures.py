@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping
 
-from medtpp.data.case import Structure
+from medtpp.data.case import MASK_VALUES, Structure
 from medtpp.data.problems import first_few
 from medtpp.errors import DataError
 
@@ -21,15 +21,20 @@ def parse_structures(labels: Mapping[str, int | str | list[int]], where: str) ->
         where: The field and file, for messages.
 
     Raises:
-        DataError: Values are no whole numbers from 0, a name or a set of values is there twice, something beside the
-            background has the value 0, or nothing is left. All such faults are reported together.
+        DataError: Values are no whole numbers from 0 to 65535, a name or a set of values is there twice, something
+            beside the background has the value 0, or nothing is left. All such faults are reported together.
     """
     faults = []
     structures = []
     for key, given in labels.items():
         name, values = (given, _number(key)) if isinstance(given, str) else (key, _numbers(given))
         name = name.strip()
-        if not values or min(values) < 0:
+        if values and not 0 <= min(values) <= max(values) < MASK_VALUES:
+            faults.append(
+                f"{key!r}: {given!r} is no value of a structure, which are from 1 to {MASK_VALUES - 1}; what is below "
+                "0 in a mask counts as background"
+            )
+        elif not values:
             faults.append(f"{key!r}: {given!r} is not a name and a mask value, such as {{1: kidney}} or {{kidney: 1}}")
         elif not name:
             faults.append(f"the value {first_few(values)} has no name")

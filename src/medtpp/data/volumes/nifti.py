@@ -23,6 +23,12 @@ from medtpp.errors import DataError
 
 MAX_CHANNELS = 16  # on the fourth axis; more is a series over time
 
+# The fields of a header that say where voxels lie.
+_PLACE = (
+    *("qform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z"),
+    *("sform_code", "srow_x", "srow_y", "srow_z", "pixdim", "xyzt_units"),
+)
+
 _MILLIMETRES = {"meter": 1000.0, "mm": 1.0, "micron": 0.001, "unknown": 1.0}
 
 
@@ -31,7 +37,7 @@ def read_nifti(path: Path) -> Volume:
 
     The scaling in the header is applied. Of the two transforms a header may hold, sform counts, unless its axes are not
     at right angles (a registration to an atlas) and qform's are. A fourth axis of at most 16 are channels, a fifth
-    (vectors) and RGB voxels as well.
+    (vectors) and RGB voxels as well. The geometry keeps both transforms for what is written on it.
 
     Returns:
         (C, D, H, W), or (C, H, W) where the header says that there are two axes.
@@ -45,7 +51,8 @@ def read_nifti(path: Path) -> Volume:
     _check_length(image.dataobj, len(data))
     values = _channels(_values(image))
     check_finite(values)
-    return Volume(values, _geometry(image.header, values.shape[1:]))
+    geometry = _geometry(image.header, values.shape[1:])
+    return Volume(values, replace(geometry, nifti=_place(image.header)))
 
 
 def _uncompressed(data: bytes) -> bytes:
@@ -118,11 +125,7 @@ def _geometry(header: Any, shape: tuple[int, ...]) -> Geometry:
     affine = _affine(header)
     if affine is None or len(shape) < 3:
         plain = plain_geometry(shape)
-        geometry = make_geometry(shape, spacing, plain.origin, plain.directions, known=affine is not None)
-        if affine is None or not _regular(affine):
-            return geometry
-        millimetres = np.diag([unit, unit, unit, 1.0]) @ affine
-        return replace(geometry, affine=tuple(map(tuple, millimetres.tolist())))
+        return make_geometry(shape, spacing, plain.origin, plain.directions, known=affine is not None)
     # NIfTI's x runs to the right and y to the front; ours, as DICOM's, to the left and the back.
     affine = np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
     steps = affine[:3, :3].T[::-1]  # one row per axis of the array
@@ -131,6 +134,11 @@ def _geometry(header: Any, shape: tuple[int, ...]) -> Geometry:
         raise DataError("its header has degenerate directions (an axis of length 0). Write the header again.")
     spacing, origin = (lengths * unit).tolist(), (affine[:3, 3] * unit).tolist()
     return make_geometry(shape, spacing, origin, steps / lengths[:, None])
+
+
+def _place(header: Any) -> dict[str, tuple[float, ...]]:
+    """See `Geometry.nifti`. What is not finite, as in a transform that the header says is not there, becomes 0."""
+    return {name: tuple(np.nan_to_num(np.atleast_1d(header[name]), posinf=0, neginf=0).tolist()) for name in _PLACE}
 
 
 def _affine(header: Any) -> NDArray[np.float64] | None:

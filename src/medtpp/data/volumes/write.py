@@ -22,11 +22,12 @@ _OFFSET = 352  # 348 bytes of header, 4 that say that no extension follows
 def write_nifti(path: Path, values: NDArray[Any], geometry: Geometry, slope: float = 1.0) -> None:
     """Write a volume, or an image, as .nii or .nii.gz.
 
-    Header and voxels go one after the other: nibabel would choose a scaling of its own, and copy.
+    Header and voxels go one after the other: nibabel would choose a scaling of its own, and copy. On the grid of a
+    NIfTI file the header places voxels as that file's does; otherwise in mm, by two equal transforms.
 
     Args:
         path: The file.
-        values: (*geometry.shape), uint8 or float32.
+        values: (*geometry.shape), uint8, uint16 or float32.
         geometry: Where they lie.
         slope: What readers multiply the values by.
 
@@ -43,7 +44,10 @@ def write_nifti(path: Path, values: NDArray[Any], geometry: Geometry, slope: flo
     header.set_xyzt_units("mm")
     header.set_data_offset(_OFFSET)
     header.set_slope_inter(slope, 0)
-    if geometry.known:
+    if geometry.nifti is not None:
+        for name, numbers in geometry.nifti.items():
+            header[name] = np.reshape(numbers, header[name].shape)
+    elif geometry.known:
         affine = _affine(geometry)
         header.set_qform(affine, code="scanner")
         header.set_sform(affine, code="scanner")
@@ -59,8 +63,8 @@ def write_nifti(path: Path, values: NDArray[Any], geometry: Geometry, slope: flo
             raw.write(values.data)
 
 
-def write_png(path: Path, values: NDArray[np.uint8]) -> None:
-    """Write a grey image or mask, (H, W).
+def write_png(path: Path, values: NDArray[np.unsignedinteger[Any]]) -> None:
+    """Write a grey image or mask, (H, W) uint8 or uint16.
 
     Raises:
         OutputError: The file cannot be written.
@@ -73,8 +77,6 @@ def write_png(path: Path, values: NDArray[np.uint8]) -> None:
 
 def _affine(geometry: Geometry) -> NDArray[np.float64]:
     """From NIfTI's indices (the reverse of ours) to its coordinates, x to the right and y to the front."""
-    if geometry.affine is not None:
-        return np.array(geometry.affine)
     dims = geometry.dims
     affine = np.eye(4)
     steps = np.array(geometry.directions) * np.array(geometry.spacing)[:, None]

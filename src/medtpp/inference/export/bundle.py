@@ -13,6 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from medtpp.adapter import Adapter
@@ -235,13 +236,14 @@ def _segmentation(adapter: Adapter, batch: bool) -> Config:
         },
         {"_target_": "AsDiscreted", "keys": "pred", **decide},
     ]
-    numbers, values = [*range(1, len(task.classes) + 1)], [one[0] for one in task.mask_values if len(one) == 1]
-    if not task.multilabel and len(values) == len(numbers) and values != numbers:
+    numbers, values = [*range(1, len(task.classes) + 1)], [structure.value for structure in task.structures]
+    if not task.multilabel and values != numbers:
         labels = {"orig_labels": numbers, "target_labels": values}
         steps.append({"_target_": "MapLabelValued", "keys": "pred", **labels})
     suffix = ".png" if _photographs(adapter.card.preprocessing) else ".nii.gz"
     save = {"output_dir": "@output_dir", "output_ext": suffix, "output_postfix": "seg", "separate_folder": False}
-    steps.append({"_target_": "SaveImaged", "keys": "pred", "resample": False, "output_dtype": "$np.uint8", **save})
+    dtype = "$np.uint16" if not task.multilabel and max(values) > np.iinfo(np.uint8).max else "$np.uint8"
+    steps.append({"_target_": "SaveImaged", "keys": "pred", "resample": False, "output_dtype": dtype, **save})
     patch = list(adapter.card.preprocessing.patch)
     windows = {"roi_size": patch, "sw_batch_size": AT_ONCE if batch else 1, "overlap": OVERLAP}
     return {
