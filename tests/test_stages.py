@@ -16,7 +16,7 @@ from medtpp import backbones, tuners
 from medtpp.adapter import load_adapter, read_card
 from medtpp.backbones.base import PLAIN_VIT
 from medtpp.backbones.folder import seen_by
-from medtpp.config import TUNERS, AugmentOptions
+from medtpp.config import TUNERS, AugmentOptions, FinetuneOptions, TPPOptions
 from medtpp.data.augment import Augmenter
 from medtpp.data.store import VolumeStore
 from medtpp.data.volume_preprocess import LEVELS, VolumePreprocessing
@@ -25,7 +25,7 @@ from medtpp.evaluation import read_predictions
 from medtpp.files import MARKER, read_json
 from medtpp.seeds import Seeds
 from medtpp.training import loop, validation
-from medtpp.training.finetune import run_finetune
+from medtpp.training.finetune import resolve_finetune, run_finetune
 from medtpp.training.loop import Group
 from medtpp.training.pretrain import run_pretrain
 from medtpp.training.resume import RESUME
@@ -297,6 +297,16 @@ def test_tpp_goes_on_with_the_head_of_its_backbone(phantoms, pretrained, tmp_pat
     sections["tpp"] = {"head_warmup": 0}
     new = run_tpp(stages.tpp_inputs(phantoms, **sections), tmp_path / "new")
     assert own.record.rows[0]["loss"] < 0.95 * new.record.rows[0]["loss"]
+
+
+def test_with_a_decoder_batches_of_tpp_are_those_of_fine_tuning_on_masks():
+    spec = backbones.load("test_vit", weights="random", image_size=256).spec
+    known = {"images": 1000, "learning_rate": 1e-3, "spec": spec, "trained_head": True}
+    alone = resolve_tpp(TPPOptions(), **known)
+    dense = resolve_tpp(TPPOptions(decoder=True), **known)
+    tuned = resolve_finetune(FinetuneOptions(), tuner="lora", task="segmentation", cases=1000, spec=spec)
+    assert dense.batch_size == tuned.batch_size == 16 < alone.batch_size
+    assert dense.steps == 2000
 
 
 def test_a_new_head_is_warmed_up_by_default(phantoms):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -36,6 +35,7 @@ from medtpp.training.stage import (
     StageResult,
     augmenter_of,
     count_parameters,
+    dense_batch,
     launch,
     number,
     resolve_stage,
@@ -47,8 +47,6 @@ from medtpp.training.validation import ClassificationValidation, SegmentationVal
 from medtpp.tuners.base import check_keys
 
 TOKENS = 6_272  # in a batch of a classification: 32 images of 14 x 14 patches
-VOXELS = 1 << 20  # in a batch of a segmentation: 16 images of 256 x 256
-MASKED = 16  # images in it, at most
 STARTING = 128  # images that a start is made from, at most
 GRADIENTS = 8  # batches that a start is made from
 
@@ -147,13 +145,10 @@ def resolve_finetune(
     if options.head_start == "fitted" and not fits:
         raise ConfigError(f"The head of a {task} cannot be fitted. Use finetune.head_start: auto.")
     masks = method.dense
-    batch_size = TOKENS // spec.effort
-    if masks:
-        batch_size = min(MASKED, VOXELS // math.prod(spec.image_size))
     options = resolve_stage(
         options,
         passes=60 if masks else 30,
-        batch_size=min(32, max(2, batch_size)),
+        batch_size=dense_batch(spec) if masks else min(32, max(2, TOKENS // spec.effort)),
         cases=cases,
         limits=(600, 3000) if masks else (200, 2000),
         learning_rate=tuning.learning_rate,

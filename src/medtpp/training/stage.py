@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,7 @@ from lightning.fabric import Fabric
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from medtpp.backbones import Backbone
+from medtpp.backbones import Backbone, Spec
 from medtpp.config import Experiment, StageOptions
 from medtpp.data.augment import Augmenter, Use
 from medtpp.data.batches import BatchStream, to_unit
@@ -34,6 +35,8 @@ from medtpp.training.loop import Group, Hooks, Schedule, Stream, fit
 from medtpp.training.resume import Record
 from medtpp.tuners import TunedBackbone
 
+VOXELS = 1 << 20  # in a batch of masks: 16 images of 256 x 256
+MASKED = 16  # images in it, at most
 T = TypeVar("T")
 O = TypeVar("O", bound=StageOptions)  # noqa: E741  (options)
 
@@ -228,6 +231,11 @@ def _told(fabric: Fabric, train: Callable[..., T], inputs: Any, folder: Path) ->
         done = error
     close_loggers(fabric, "failed" if isinstance(done, MedtppError) else "success")
     return done
+
+
+def dense_batch(spec: Spec) -> int:
+    """Images in a batch that goes through a decoder at full resolution, whose maps are what takes memory and time."""
+    return min(MASKED, max(2, VOXELS // math.prod(spec.image_size)))
 
 
 def resolve_stage(

@@ -38,6 +38,7 @@ from medtpp.training.stage import (
     StageResult,
     augmenter_of,
     count_parameters,
+    dense_batch,
     launch,
     number,
     resolve_stage,
@@ -189,6 +190,8 @@ def resolve_tpp(
 ) -> TPPOptions:
     """Answer the `auto` values: 40 passes over the images within 200 to 2,000 steps.
 
+    With a decoder batches are those of a segmentation.
+
     Args:
         options: As given.
         images: How many TPP sees.
@@ -200,7 +203,7 @@ def resolve_tpp(
     options = resolve_stage(
         options,
         passes=40,
-        batch_size=min(64, max(8, TOKENS // spec.effort)),
+        batch_size=dense_batch(spec) if options.decoder else min(64, max(8, TOKENS // spec.effort)),
         cases=images,
         limits=(200, 2000),
         learning_rate=learning_rate,
