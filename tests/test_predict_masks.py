@@ -1,5 +1,7 @@
 """Masks of new scans, in the geometry of their scan and in every format."""
 
+import re
+
 import nibabel
 import numpy as np
 import pydicom
@@ -80,6 +82,28 @@ def test_what_the_command_writes_is_what_the_network_says(tmp_path, spacing):
         written = read_volume(Case("", tmp_path / "out" / "a_probabilities" / f"{number}_{name}.nii.gz"))
         np.testing.assert_allclose(written.array[0], restore.probability(maps[number]), atol=0.6 / 255)
         assert same_grid(written.geometry, volume.geometry, tolerance=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("dims", "task", "size", "what"),
+    [
+        (3, "segmentation", "8x16x16 voxels", "Segments (structure = values in masks): organ = 3; lesion = 7."),
+        (2, "segmentation", "32 pixels", "Segments (structure = values in masks): organ = 3; lesion = 7."),
+        (3, "classification", "8x16x16 voxels", "Predicts: organ, lesion."),
+    ],
+)
+def test_the_command_of_the_model_card_runs(tmp_path, dims, task, size, what):
+    folder = adapter(tmp_path / "adapter", dims, task=task)
+    card = (folder / "README.md").read_text()
+    assert f"at {size}." in card
+    assert what in card
+    (command,) = re.findall(r"^    medtpp (.*)$", card, re.MULTILINE)
+    scans(tmp_path / "in", "a", shape=PATCH[dims], suffix=".nii.gz" if dims == 3 else ".png")
+    places = {"THIS_FOLDER": folder, "IMAGES": tmp_path / "in"}
+    words = [places.get(word, word) for word in command.split()]
+    output = tmp_path / words[-1]
+    done(*words[:-1], output)
+    assert output.is_dir() == (task == "segmentation")
 
 
 def test_photographs_become_png(tmp_path, identity):

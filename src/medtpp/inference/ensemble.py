@@ -98,7 +98,6 @@ def _name(name: str) -> str:
 def _meaning(adapter: Adapter) -> dict[str, str]:
     """What members of an ensemble have to have in common."""
     card, (_, task_card) = adapter.card, head(adapter)
-    values = [f" = {', '.join(map(str, values))}" for values in task_card.mask_values] or [""] * len(task_card.classes)
     spec = adapter.backbone.spec
     return {
         "backbone": f"{card.backbone.architecture} with sha256 {card.backbone.sha256[:16]}…",
@@ -106,6 +105,6 @@ def _meaning(adapter: Adapter) -> dict[str, str]:
         "image size of the backbone": " x ".join(map(str, spec.image_size)),
         "preprocessing": card.preprocessing.model_dump_json(),
         "task": task_card.options["name"],
-        "classes or structures": "; ".join(map("".join, zip(task_card.classes, values, strict=True))),
+        "classes or structures": task_card.described,
         "several labels": "yes" if task_card.multilabel else "no",
     }
