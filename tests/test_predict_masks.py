@@ -145,6 +145,34 @@ def test_dicom_series_become_dicom_segmentations_or_nifti(tmp_path, identity):
     assert not any(secret.encode() in text for secret in dicom.SECRETS for text in told)
 
 
+def test_slices_named_one_by_one_are_their_series(tmp_path, identity):
+    """As by `scan/*` in a shell: what naming the folder gives, in names and bytes; a part of a series is that part."""
+    labels = blobs((9, 17, 20), 3).astype(np.uint16)
+    place = tmp_path / "in" / "scan"
+    files = dicom.save(place, dicom.slices(labels, RescaleIntercept=0))
+    others = [f"b{number}" for number in range(len(files))]
+    second = dicom.slices(labels, RescaleIntercept=0, SeriesInstanceUID="1.2.9")
+    folder, options = adapter(tmp_path / "adapter"), ("--format", "nii.gz")
+    done("predict", folder, place, "-o", tmp_path / "folder", *options)
+    said = done("predict", folder, *sorted(files), "-o", tmp_path / "files", *options).text
+    assert said.startswith("1 image segmented")
+    for name in ("scan.nii.gz", "volumes.csv"):
+        assert (tmp_path / "files" / name).read_bytes() == (tmp_path / "folder" / name).read_bytes()
+    more = dicom.save(place, second, others)
+    scans(tmp_path / "in", "a")
+    named = (*files, *more[2:6], tmp_path / "in" / "a.nii.gz")
+    done("predict", folder, *named, "-o", tmp_path / "both", *options)
+    masks = {path.relative_to(tmp_path / "both").as_posix() for path in (tmp_path / "both").rglob("*.nii.gz")}
+    assert masks == {"a.nii.gz", "scan/scan#1.nii.gz", "scan/scan#2.nii.gz"}
+    part = read_volume(Case("", tmp_path / "both" / "scan" / "scan#2.nii.gz")).array[0]
+    assert np.array_equal(part, in_training(labels[2:6]))
+    gap = cli("predict", folder, *more[2:6], more[8], "-o", tmp_path / "gap")
+    assert gap.text.count("not read: ") == 1
+    assert "missing" in gap.text
+    alone = cli("predict", folder, more[8], "-o", tmp_path / "alone")
+    assert "has 2 dimensions, but the training images have 3. Give the whole volume" in alone.text
+
+
 def test_structures_that_overlap_are_files_in_a_folder(tmp_path, identity):
     labels = scans(tmp_path / "in", "a")["a"]
     folder = adapter(tmp_path / "adapter", values=((1, 2), (2,)), overlapping=True)
@@ -191,7 +219,7 @@ def test_channels_in_files_of_their_own_are_joined(tmp_path, identity):
     assert result.status == 1
     assert "3 of 4 files" in result.text
     for name in ("spleen_0000", "x_0000", "x_0002"):
-        assert f"not read: {name}.nii.gz: has 1 channels, but the data set has 3." in result.text
+        assert f"not read: {name}.nii.gz: has 1 channel, but the training images have 3." in result.text
     assert np.array_equal(read_mask(tmp_path / "out" / "liver.nii.gz", where), in_training(labels["liver_0000"]))
     assert identity[0].shape[1] == 3
     assert not torch.equal(identity[0][:, 0], identity[0][:, 1])

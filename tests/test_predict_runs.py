@@ -210,7 +210,7 @@ def test_bad_scans_are_listed_and_the_rest_is_done(tmp_path):
     for line in (
         "not read: b.nii.gz: is truncated or broken",
         "not read: c.nii.gz: is not a NIfTI file",
-        "not read: flat.png: has 2 dimensions, but the data set has 3",
+        "not read: flat.png: has 2 dimensions, but the training images have 3. Give the whole volume, or leave it out.",
         "not read: nan.nii: holds 512 NaN",
         "4 of 6 files could not be read.",
     ):
