@@ -1,6 +1,9 @@
 """Masks of new scans, in the geometry of their scan and in every format."""
 
 import re
+import sys
+import tracemalloc
+from tempfile import SpooledTemporaryFile
 
 import nibabel
 import numpy as np
@@ -16,7 +19,8 @@ from medtpp.data.case import Case
 from medtpp.data.geometry import plain_geometry, same_grid
 from medtpp.data.preprocess import Preprocessing
 from medtpp.data.volumes import read_mask, read_volume
-from medtpp.errors import DataError
+from medtpp.errors import DataError, OutputError
+from medtpp.inference import maps
 from medtpp.inference.cases import image_cases, relative_cases
 from medtpp.inference.masks import plan_targets
 from medtpp.inference.sliding import SlidingWindow, as_member
@@ -77,10 +81,10 @@ def test_what_the_command_writes_is_what_the_network_says(tmp_path, spacing):
     labels = read_mask(tmp_path / "out" / "a.nii.gz", volume.geometry)
     assert np.array_equal(labels, in_training(window.scan_labels(array, restore)))
     assert len(np.unique(labels)) > 1
-    maps = window.probabilities(array)
+    found = [*window.probabilities(array)]
     for number, name in enumerate(("organ", "lesion"), start=1):
         written = read_volume(Case("", tmp_path / "out" / "a_probabilities" / f"{number}_{name}.nii.gz"))
-        np.testing.assert_allclose(written.array[0], restore.probability(maps[number]), atol=0.6 / 255)
+        np.testing.assert_allclose(written.array[0], restore.probability(found[number]), atol=0.6 / 255)
         assert same_grid(written.geometry, volume.geometry, tolerance=1e-5)
 
 
@@ -252,6 +256,49 @@ def test_names_keep_the_dots_of_uids(tmp_path):
     targets = plan_targets(cases, tmp_path, task, 3, "auto", probabilities=False)
     names = [target.place.relative_to(tmp_path).as_posix() for target in targets.values()]
     assert names == ["1.2.840.113.dcm", "1.2.840.114.dcm", "1.2.840.115.dcm", "x/IM1.dcm"]
+
+
+@pytest.mark.parametrize("spacing", [None, (1.5, 1.5, 1.5)])
+def test_probabilities_too_large_for_the_memory_wait_in_a_file(tmp_path, spacing, monkeypatch):
+    folder = adapter(tmp_path / "adapter", spacing=spacing)
+    scans(tmp_path / "in", "ab")
+    command = ("predict", folder, tmp_path / "in", "--probabilities", "-o")
+    done(*command, tmp_path / "memory")
+    places = []
+
+    def rollover(self):
+        places.append(self._TemporaryFileArgs["dir"])
+        SpooledTemporaryFile.rollover(self)
+
+    monkeypatch.setattr(maps, "SpooledTemporaryFile", type("Seen", (SpooledTemporaryFile,), {"rollover": rollover}))
+    monkeypatch.setattr(maps, "IN_MEMORY", 1000)
+    done(*command, tmp_path / "file")
+    assert places == [str(tmp_path / "file")] * 2
+    one, other = (
+        {path.relative_to(tmp_path / name): path.read_bytes() for path in (tmp_path / name).rglob("*.*")}
+        for name in ("memory", "file")
+    )
+    assert len(one) == 8
+    assert one == other
+
+
+def test_maps_in_a_file_take_the_memory_of_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(maps, "IN_MEMORY", 1000)
+    shape, size = (20, 32, 64, 64), 2 * 32 * 64 * 64
+    parts = [np.full((20, 8, 64, 64), part, np.float16) for part in range(4)]
+    tracemalloc.start()
+    kept = maps.Maps(shape, tmp_path)
+    for part in parts:
+        kept.append(part)
+    for number, one in enumerate(kept):
+        assert one.shape == shape[1:]
+        assert one[::8, number, 0].tolist() == [0, 1, 2, 3]
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 3 * size
+    assert [*tmp_path.iterdir()] == [] or sys.platform == "win32"
+    with pytest.raises(OutputError, match=r"gone.*probabilities of a scan wait.*They need 0.0 GB"):
+        maps.Maps(shape, tmp_path / "gone")
 
 
 def test_wishes_that_do_not_fit_are_refused(tmp_path):
