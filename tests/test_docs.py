@@ -20,7 +20,7 @@ import test_matrix
 from medtpp.backbones import folder as backbone_folders
 from medtpp.backbones.folder import save_backbone
 from medtpp.cli._app import app
-from medtpp.config import TUNERS, experiment_schema
+from medtpp.config import SOURCES, TUNERS, experiment_schema
 from medtpp.data.fingerprints import Fingerprints
 from medtpp.data.phantom import generate, write_folder
 from medtpp.seeds import Seeds
@@ -227,6 +227,20 @@ def test_commands_parse(words):
 def test_every_command_is_documented():
     text = (ROOT / "docs" / "quickstart.md").read_text(encoding="utf-8")
     assert [verb for verb in typer.main.get_command(app).commands if f"medtpp {verb}" not in text] == []
+
+
+def layouts():
+    """The data layouts of this package; those that another one registers are for its own pages."""
+    return [name for name, source in SOURCES.items() if source.__module__.startswith("medtpp.")]
+
+
+@pytest.mark.parametrize("name", layouts())
+def test_every_layout_has_a_page_with_a_tree_and_a_command(name):
+    page = ROOT / "docs" / "layouts" / f"{name}.md"
+    assert page.is_file(), f"describe the layout in {named(page)}"
+    assert re.search(r"^ +\S", "\n".join(blocks(page, "text")), re.MULTILINE), "show a tree of its files"
+    assert any(code.startswith("medtpp check ") for code in blocks(page, "bash")), "give a command"
+    assert f"(layouts/{page.name})" in (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
 
 
 # Links and names

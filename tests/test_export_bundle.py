@@ -71,6 +71,8 @@ class TestBundle:
         image, pred = (metadata["network_data_format"][key] for key in ("inputs", "outputs"))
         assert image["image"]["spatial_shape"] == list(one.card.preprocessing.patch)
         assert list(pred["pred"]["channel_def"].values()) == stated(tmp_path)["outputs"]
+        # MONAI imports fire for its command line alone, and does not bring it.
+        assert "pip install torch monai fire" in (tmp_path / "docs" / "README.md").read_text()
 
     @pytest.mark.parametrize(
         ("values", "shape", "agreement"),

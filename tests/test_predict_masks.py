@@ -1,5 +1,10 @@
 """Masks of new scans, in the geometry of their scan and in every format."""
 
+import re
+import sys
+import tracemalloc
+from tempfile import SpooledTemporaryFile
+
 import nibabel
 import numpy as np
 import pydicom
@@ -15,7 +20,8 @@ from medtpp.data.geometry import plain_geometry, same_grid
 from medtpp.data.preprocess import Preprocessing
 from medtpp.data.volume_preprocess import label_mask
 from medtpp.data.volumes import read_mask, read_volume
-from medtpp.errors import DataError
+from medtpp.errors import DataError, OutputError
+from medtpp.inference import maps
 from medtpp.inference.cases import image_cases, relative_cases
 from medtpp.inference.masks import plan_targets
 from medtpp.inference.sliding import SlidingWindow, as_member
@@ -113,11 +119,33 @@ def test_what_the_command_writes_is_what_the_network_says(tmp_path, spacing):
     labels = read_mask(tmp_path / "out" / "a.nii.gz", volume.geometry)
     assert np.array_equal(labels, in_training(window.scan_labels(array, restore)))
     assert len(np.unique(labels)) > 1
-    maps = window.probabilities(array)
+    found = [*window.probabilities(array)]
     for number, name in enumerate(("organ", "lesion"), start=1):
         written = read_volume(Case("", tmp_path / "out" / "a_probabilities" / f"{number}_{name}.nii.gz"))
-        np.testing.assert_allclose(written.array[0], restore.probability(maps[number]), atol=0.6 / 255)
+        np.testing.assert_allclose(written.array[0], restore.probability(found[number]), atol=0.6 / 255)
         assert same_grid(written.geometry, volume.geometry, tolerance=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("dims", "task", "size", "what"),
+    [
+        (3, "segmentation", "8x16x16 voxels", "Segments (structure = values in masks): organ = 3; lesion = 7."),
+        (2, "segmentation", "32 pixels", "Segments (structure = values in masks): organ = 3; lesion = 7."),
+        (3, "classification", "8x16x16 voxels", "Predicts: organ, lesion."),
+    ],
+)
+def test_the_command_of_the_model_card_runs(tmp_path, dims, task, size, what):
+    folder = adapter(tmp_path / "adapter", dims, task=task)
+    card = (folder / "README.md").read_text()
+    assert f"at {size}." in card
+    assert what in card
+    (command,) = re.findall(r"^    medtpp (.*)$", card, re.MULTILINE)
+    scans(tmp_path / "in", "a", shape=PATCH[dims], suffix=".nii.gz" if dims == 3 else ".png")
+    places = {"THIS_FOLDER": folder, "IMAGES": tmp_path / "in"}
+    words = [places.get(word, word) for word in command.split()]
+    output = tmp_path / words[-1]
+    done(*words[:-1], output)
+    assert output.is_dir() == (task == "segmentation")
 
 
 def test_photographs_become_png(tmp_path, identity):
@@ -157,6 +185,34 @@ def test_dicom_series_become_dicom_segmentations_or_nifti(tmp_path, identity):
     told = [path.read_bytes() for path in (tmp_path / "nifti").rglob("*") if path.is_file()]
     told += [(tmp_path / "seg" / "volumes.csv").read_bytes(), (result.text + more.text).encode()]
     assert not any(secret.encode() in text for secret in dicom.SECRETS for text in told)
+
+
+def test_slices_named_one_by_one_are_their_series(tmp_path, identity):
+    """As by `scan/*` in a shell: what naming the folder gives, in names and bytes; a part of a series is that part."""
+    labels = blobs((9, 17, 20), 3).astype(np.uint16)
+    place = tmp_path / "in" / "scan"
+    files = dicom.save(place, dicom.slices(labels, RescaleIntercept=0))
+    others = [f"b{number}" for number in range(len(files))]
+    second = dicom.slices(labels, RescaleIntercept=0, SeriesInstanceUID="1.2.9")
+    folder, options = adapter(tmp_path / "adapter"), ("--format", "nii.gz")
+    done("predict", folder, place, "-o", tmp_path / "folder", *options)
+    said = done("predict", folder, *sorted(files), "-o", tmp_path / "files", *options).text
+    assert said.startswith("1 image segmented")
+    for name in ("scan.nii.gz", "volumes.csv"):
+        assert (tmp_path / "files" / name).read_bytes() == (tmp_path / "folder" / name).read_bytes()
+    more = dicom.save(place, second, others)
+    scans(tmp_path / "in", "a")
+    named = (*files, *more[2:6], tmp_path / "in" / "a.nii.gz")
+    done("predict", folder, *named, "-o", tmp_path / "both", *options)
+    masks = {path.relative_to(tmp_path / "both").as_posix() for path in (tmp_path / "both").rglob("*.nii.gz")}
+    assert masks == {"a.nii.gz", "scan/scan#1.nii.gz", "scan/scan#2.nii.gz"}
+    part = read_volume(Case("", tmp_path / "both" / "scan" / "scan#2.nii.gz")).array[0]
+    assert np.array_equal(part, in_training(labels[2:6]))
+    gap = cli("predict", folder, *more[2:6], more[8], "-o", tmp_path / "gap")
+    assert gap.text.count("not read: ") == 1
+    assert "missing" in gap.text
+    alone = cli("predict", folder, more[8], "-o", tmp_path / "alone")
+    assert "has 2 dimensions, but the training images have 3. Give the whole volume" in alone.text
 
 
 def test_structures_that_overlap_are_files_in_a_folder(tmp_path, identity):
@@ -237,7 +293,7 @@ def test_channels_in_files_of_their_own_are_joined(tmp_path, identity):
     assert result.status == 1
     assert "3 of 4 files" in result.text
     for name in ("spleen_0000", "x_0000", "x_0002"):
-        assert f"not read: {name}.nii.gz: has 1 channels, but the data set has 3." in result.text
+        assert f"not read: {name}.nii.gz: has 1 channel, but the training images have 3." in result.text
     assert np.array_equal(read_mask(tmp_path / "out" / "liver.nii.gz", where), in_training(labels["liver_0000"]))
     assert identity[0].shape[1] == 3
     assert not torch.equal(identity[0][:, 0], identity[0][:, 1])
@@ -270,6 +326,49 @@ def test_names_keep_the_dots_of_uids(tmp_path):
     targets = plan_targets(cases, tmp_path, task, 3, "auto", probabilities=False)
     names = [target.place.relative_to(tmp_path).as_posix() for target in targets.values()]
     assert names == ["1.2.840.113.dcm", "1.2.840.114.dcm", "1.2.840.115.dcm", "x/IM1.dcm"]
+
+
+@pytest.mark.parametrize("spacing", [None, (1.5, 1.5, 1.5)])
+def test_probabilities_too_large_for_the_memory_wait_in_a_file(tmp_path, spacing, monkeypatch):
+    folder = adapter(tmp_path / "adapter", spacing=spacing)
+    scans(tmp_path / "in", "ab")
+    command = ("predict", folder, tmp_path / "in", "--probabilities", "-o")
+    done(*command, tmp_path / "memory")
+    places = []
+
+    def rollover(self):
+        places.append(self._TemporaryFileArgs["dir"])
+        SpooledTemporaryFile.rollover(self)
+
+    monkeypatch.setattr(maps, "SpooledTemporaryFile", type("Seen", (SpooledTemporaryFile,), {"rollover": rollover}))
+    monkeypatch.setattr(maps, "IN_MEMORY", 1000)
+    done(*command, tmp_path / "file")
+    assert places == [str(tmp_path / "file")] * 2
+    one, other = (
+        {path.relative_to(tmp_path / name): path.read_bytes() for path in (tmp_path / name).rglob("*.*")}
+        for name in ("memory", "file")
+    )
+    assert len(one) == 8
+    assert one == other
+
+
+def test_maps_in_a_file_take_the_memory_of_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(maps, "IN_MEMORY", 1000)
+    shape, size = (20, 32, 64, 64), 2 * 32 * 64 * 64
+    parts = [np.full((20, 8, 64, 64), part, np.float16) for part in range(4)]
+    tracemalloc.start()
+    kept = maps.Maps(shape, tmp_path)
+    for part in parts:
+        kept.append(part)
+    for number, one in enumerate(kept):
+        assert one.shape == shape[1:]
+        assert one[::8, number, 0].tolist() == [0, 1, 2, 3]
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 3 * size
+    assert [*tmp_path.iterdir()] == [] or sys.platform == "win32"
+    with pytest.raises(OutputError, match=r"gone.*probabilities of a scan wait.*They need 0.0 GB"):
+        maps.Maps(shape, tmp_path / "gone")
 
 
 def test_wishes_that_do_not_fit_are_refused(tmp_path):

@@ -15,6 +15,7 @@ from PIL import Image
 
 import medtpp
 from medtpp.adapter import load_adapter
+from medtpp.config import Window
 from medtpp.data.case import Case
 from medtpp.data.read import read_unlabelled
 from medtpp.data.store import build_store
@@ -88,7 +89,9 @@ def test_members_that_differ_are_refused(tmp_path):
     said = refused("predict", first, tmp_path / "in", "-o", tmp_path / "out", "--with", other)
     assert "cannot be averaged" in said
     assert "classes or structures: organ = 3; lesion = 7 in" in said
-    assert "preprocessing: " in said
+    assert "preprocessing: spacing: none in" in said
+    assert "[1.0, 1.0, 1.0] in" in said
+    assert said.count("preprocessing: ") == 1
     assert not (tmp_path / "out").exists()
     with pytest.raises(WeightsError, match="image size of the backbone"):
         medtpp.predict([load_adapter(first), load_adapter(adapter(tmp_path / "flat", 2))], tmp_path / "in", "out")
@@ -96,6 +99,18 @@ def test_members_that_differ_are_refused(tmp_path):
     assert "task: segmentation in" in refused(
         "predict", first, tmp_path / "in", "-o", tmp_path / "out", "--with", classifier
     )
+
+
+def test_members_of_other_windows_are_told_to_be_trained_from_one_file(tmp_path):
+    scans(tmp_path / "in", "a")
+    first = adapter(tmp_path / "first")
+    other = adapter(tmp_path / "other", windows=(Window(kind="fixed", low=-1.25, high=2),))
+    said = refused("predict", first, tmp_path / "in", "-o", tmp_path / "out", "--with", other)
+    assert "medtpp run EXPERIMENT.yaml --set seed=1" in said
+    problems = said[said.index(" - ") :]
+    assert problems == f" - preprocessing: windows: [fixed 0.0 to 2.0] in {first}, [fixed -1.25 to 2.0] in {other}"
+    structures = adapter(tmp_path / "structures", values=((1,), (2,)))
+    assert "EXPERIMENT" not in refused("predict", first, tmp_path / "in", "-o", tmp_path / "out", "--with", structures)
 
 
 # Output folders
@@ -195,7 +210,7 @@ def test_bad_scans_are_listed_and_the_rest_is_done(tmp_path):
     for line in (
         "not read: b.nii.gz: is truncated or broken",
         "not read: c.nii.gz: is not a NIfTI file",
-        "not read: flat.png: has 2 dimensions, but the data set has 3",
+        "not read: flat.png: has 2 dimensions, but the training images have 3. Give the whole volume, or leave it out.",
         "not read: nan.nii: holds 512 NaN",
         "4 of 6 files could not be read.",
     ):

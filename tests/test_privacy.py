@@ -1,9 +1,11 @@
 """Names, dates and ids of DICOM headers appear nowhere, whatever libraries have to say about them."""
 
+import gzip
 import json
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,11 @@ from pydicom.dataelem import RawDataElement
 from pydicom.tag import Tag
 
 from dicoms import SECRETS, dataset, save, slices
+from medtpp.data.case import Case
+from medtpp.data.volumes import read_volume
+from medtpp.inference.write import write_mask
 from runs import settings
+from scans import SETTINGS
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:pydicom.*")  # files against the standard are the point
 
@@ -46,7 +52,8 @@ with ThreadPoolExecutor(8) as pool:
 
 def python(code, *arguments, folder):
     """A process of its own, whose caches are in a folder, too."""
-    environment = {**os.environ, "XDG_CACHE_HOME": str(folder), "PYTHONWARNINGS": "default"}
+    environment = {**os.environ, "MEDTPP_CACHE": str(folder / "medtpp"), "XDG_CACHE_HOME": str(folder)}
+    environment["PYTHONWARNINGS"] = "default"
     command = [sys.executable, "-c", code, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, timeout=300, check=False, env=environment)
 
@@ -77,6 +84,22 @@ def radiographs(folder, cases=40):
             save(folder / ("normal", "opacity")[number % 2], [image], [f"r{number:02}.dcm"])
 
 
+def series(folder, cases=6, shape=(14, 20, 18)):
+    """CT series in folders with masks beside them, an organ with a lesion in each; every second one is careless."""
+    for number in range(cases):
+        labels = np.zeros(shape, np.uint8)
+        labels[4:10, 5:14, 4:12], labels[6:8, 7:10, 6:9] = 1, 2
+        pixels = np.random.default_rng(number).integers(0, 300, shape).astype(np.uint16) + np.uint16(400) * labels
+        images = slices(pixels, step=1.2, SeriesInstanceUID=f"1.2.{number}")
+        for image in images:
+            image.StudyDescription, image.InstitutionName, image.PatientID = *SECRETS[3:5], f"{SECRETS[1]}{number}"
+            if number % 2:
+                careless(image, number)
+        files = save(folder / "images" / f"s{number}", images, [f"{place:02}" for place in range(len(images))])
+        geometry = read_volume(Case("", files[0], files=tuple(files))).geometry
+        write_mask(folder / "masks" / f"s{number}.nii.gz", labels, geometry)
+
+
 def told(result):
     return result.stdout + result.stderr
 
@@ -87,9 +110,25 @@ def leaks(*texts):
 
 
 def stored(*folders):
-    """The bytes of all files, and their names."""
-    files = [path for folder in folders for path in folder.rglob("*")]
-    return [path.read_bytes() for path in files if path.is_file()] + [str(path).encode() for path in files]
+    """The bytes of all files, of compressed ones also what is in them, and their names."""
+    names = [path for folder in folders for path in folder.rglob("*")]
+    files = [path for path in names if path.is_file()]
+    inside = [gzip.decompress(path.read_bytes()) for path in files if path.suffix == ".gz"]
+    for path in filter(zipfile.is_zipfile, files):
+        with zipfile.ZipFile(path) as archive:
+            inside += map(archive.read, archive.namelist())
+    return [path.read_bytes() for path in files] + inside + [str(path).encode() for path in names]
+
+
+def tell_nothing(commands, out, caches):
+    """Run commands; nothing of the headers is in what they say and write."""
+    result = python(MEDTPP, json.dumps([[str(part) for part in command] for command in commands]), folder=caches)
+    assert result.returncode == 0, result.stderr.decode()
+    assert not leaks(told(result)), told(result).decode()[:2000]
+    found = stored(out, caches)
+    assert len(found) > 20
+    assert any(path.is_file() for path in (caches / "medtpp").rglob("*"))
+    assert not leaks(*found)
 
 
 def test_libraries_that_quote_headers_are_not_heard_in_any_thread(tmp_path):
@@ -111,13 +150,27 @@ def test_a_whole_run_on_careless_headers_tells_nothing(tmp_path):
         ("report", out / "run"),
         ("predict", out / "run" / "finetune" / "adapter", data / "normal", "-o", out / "predicted.csv"),
     ]
-    result = python(MEDTPP, json.dumps([[str(part) for part in command] for command in commands]), folder=caches)
-    assert result.returncode == 0, result.stderr.decode()
-    assert not leaks(told(result)), told(result).decode()[:2000]
+    tell_nothing(commands, out, caches)
     assert (out / "run" / "report.html").is_file()
-    found = stored(out, caches)
-    assert len(found) > 20
-    assert not leaks(*found)
+
+
+def test_a_whole_segmentation_of_careless_series_tells_nothing(tmp_path):
+    data, out, caches = tmp_path / "data", tmp_path / "out", tmp_path / "caches"
+    series(data)
+    experiment, adapter = out / "experiment.yaml", out / "run" / "finetune" / "adapter"
+    sets = [part for setting in (*SETTINGS, "task={name: segmentation, head: light}") for part in ("--set", setting)]
+    predict = ("predict", adapter, data / "images", "-o", out / "masks", "--format", "nii.gz", "--probabilities")
+    commands = [
+        ("check", data),
+        ("init", data, "--modality", "ct", "-o", experiment, *sets),
+        ("run", experiment, "--out", out / "run"),
+        ("report", out / "run"),
+        predict,
+        ("export", adapter, "--to", "torch", "-o", out / "exported"),
+    ]
+    tell_nothing(commands, out, caches)
+    assert len(list((out / "masks").rglob("*.nii.gz"))) == 18  # a mask and two maps of each
+    assert any(map(zipfile.is_zipfile, caches.rglob("*.scan")))  # what reading told was looked into
 
 
 @pytest.mark.parametrize("keyword", ["SOPInstanceUID", "StudyInstanceUID", "FrameOfReferenceUID"])

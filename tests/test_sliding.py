@@ -35,6 +35,11 @@ def noise(shape, seed=0):
     return np.random.default_rng(seed).random(shape, np.float32)
 
 
+def stacked(window, array):
+    """(K, *spatial)"""
+    return np.stack([*window.probabilities(array)])
+
+
 def position_free(images):
     """A network that sees one voxel at a time, and so gives the same whatever the windows are."""
     return torch.cat([images, 1 - images], dim=1)
@@ -84,14 +89,14 @@ def test_neighbours_overlap_as_asked_and_the_centre_of_a_window_counts_most():
 def test_an_ensemble_is_the_mean_and_order_does_not_matter():
     array = noise((1, 9, 10, 11))
     members = [one_hot, lambda images: one_hot(1 - images)]
-    singles = [SlidingWindow([member], (4, 4, 4)).probabilities(array).astype(np.float32) for member in members]
-    both = SlidingWindow(members, (4, 4, 4)).probabilities(array)
+    singles = [stacked(SlidingWindow([member], (4, 4, 4)), array).astype(np.float32) for member in members]
+    both = stacked(SlidingWindow(members, (4, 4, 4)), array)
     assert both.dtype == np.float16
     np.testing.assert_allclose(both, (singles[0] + singles[1]) / 2, atol=1e-3)
-    assert np.array_equal(both, SlidingWindow(members[::-1], (4, 4, 4), batch=7).probabilities(array))
+    assert np.array_equal(both, stacked(SlidingWindow(members[::-1], (4, 4, 4), batch=7), array))
     assert not np.allclose(singles[0], singles[1])
     with pytest.raises(ValueError, match="needs a member"):
-        SlidingWindow([], (4, 4, 4)).probabilities(array)
+        stacked(SlidingWindow([], (4, 4, 4)), array)
 
 
 @pytest.mark.parametrize("axes", [(0,), (1, 2), (0, 1, 2)])
@@ -106,10 +111,10 @@ def test_flips_are_averaged_and_turned_back(axes):
         turned = torch.from_numpy(np.flip(array, [axis + 1 for axis in some]).copy())
         expected.append(np.flip(ramp(turned[None])[0].numpy(), [axis + 1 for axis in some]))
     assert len(expected) == 2 ** len(axes)
-    found = SlidingWindow([ramp], (6, 6, 6), flips=axes).probabilities(array)
+    found = stacked(SlidingWindow([ramp], (6, 6, 6), flips=axes), array)
     np.testing.assert_allclose(found, np.mean(expected, axis=0), atol=1e-3)
-    whole = SlidingWindow([one_hot], (3, 4, 5), flips=axes).probabilities(array)
-    assert np.array_equal(whole, SlidingWindow([one_hot], (3, 4, 5)).probabilities(array))
+    whole = stacked(SlidingWindow([one_hot], (3, 4, 5), flips=axes), array)
+    assert np.array_equal(whole, stacked(SlidingWindow([one_hot], (3, 4, 5)), array))
 
 
 def test_labels_are_the_likeliest_structures_or_bits():
@@ -209,7 +214,7 @@ def test_on_a_coarser_grid_probabilities_are_interpolated(overlapping):
     nearest = restore.labels(window.labels(array))
     assert (found != truth).mean() < (nearest != truth).mean()  # smoother than blocks
     assert (found != truth).mean() < 0.08
-    probabilities = window.probabilities(array)
+    probabilities = stacked(window, array)
     assert np.array_equal(found, labels_on_scan(probabilities, restore, overlapping=overlapping))
 
 
@@ -236,7 +241,7 @@ def test_a_task_on_a_backbone_is_a_member():
     backbone = load("medtpp_vit_tiny").eval()
     task = Segmentation(SegmentationOptions(feature_size=4), backbone.spec, ("one", "two"), False, Seeds(0)).eval()
     images = noise((1, *backbone.spec.image_size))
-    found = SlidingWindow([as_member(backbone, task)], images.shape[1:]).probabilities(images)
+    found = stacked(SlidingWindow([as_member(backbone, task)], images.shape[1:]), images)
     with torch.no_grad():
         logits = task(backbone.encode(torch.from_numpy(images)[None], taps=task.taps))
     np.testing.assert_allclose(found, logits.softmax(dim=1)[0], atol=1e-3)

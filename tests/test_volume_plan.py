@@ -301,10 +301,21 @@ def test_a_size_for_all_takes_the_place_of_a_spacing_unless_the_user_says_otherw
     assert (spaced.size, spaced.spacing) == (None, (2.0, 2.0))
 
 
+def test_what_is_planned_has_the_digits_of_a_header():
+    spacings = ((1.2000000000000002, 0.6738280057907104, 1 / 3),) * 3
+    found = fingerprint(spacings=spacings, units="HU", lows=(-930.469970703125,), highs=(40.40999984741211,))
+    plan = fit_preprocessing(found, (8, 8, 8))
+    assert plan.spacing == (1.2, 0.673828, 0.333333)
+    assert plan.windows == (Window(kind="fixed", low=-930.47, high=40.41),)
+    narrow = fingerprint(units="HU", lows=(12.3456789,), highs=(12.3456789,))
+    assert fit_preprocessing(narrow, (8, 8, 8)).windows == (Window(kind="fixed", low=12.3457, high=13.3457),)
+
+
 @pytest.mark.parametrize("size", [None, (16, 24, 24)])
 @pytest.mark.parametrize("units", ["HU", "none"])
 def test_a_plan_planned_again_from_its_own_options_is_the_same(size, units):
-    first = fingerprint(units=units, lows=(-7.0,), highs=(80.0,), contents=((20, 20, 20),) * 3)
+    changes = {"units": units, "lows": (-7 / 3,), "highs": (240 / 7,), "contents": ((20, 20, 20),) * 3}
+    first = fingerprint(spacings=((2 / 3, 0.7, 1 / 7),) * 3, **changes)
     plan = fit_preprocessing(first, (8, 8, 8), size=size)
     other = fingerprint(((9, 9, 9),), ((3.0, 3.0, 3.0),), units=units)
     assert fit_preprocessing(other, (8, 8, 8), as_options(plan)) == plan

@@ -297,9 +297,9 @@ def test_a_size_holds_whatever_the_spacing(shape):
 
 def test_other_channels_or_dimensions_are_told():
     volume = Volume(np.zeros((2, 4, 4, 4)), plain_geometry((4, 4, 4)))
-    with pytest.raises(DataError, match="2 channels, but the data set has 1"):
+    with pytest.raises(DataError, match=r"2 channels, but the training images have 1\. Give the channels"):
         preprocessing().apply(volume)
-    with pytest.raises(DataError, match="3 dimensions, but the data set has 2"):
+    with pytest.raises(DataError, match=r"3 dimensions, but the training images have 2\. Cut it into images, or leave"):
         preprocessing((4, 4)).apply(volume)
 
 

@@ -110,6 +110,12 @@ class TaskCard(Options):
         """What masks show; () in classification."""
         return tuple(map(Structure, self.classes, self.mask_values))
 
+    @property
+    def described(self) -> str:
+        """The classes; structures with their values in masks, such as "organ = 1; lesion = 2, 3"."""
+        named = (f"{one.name} = {', '.join(map(str, one.values))}" for one in self.structures)
+        return "; ".join(named) if self.structures else ", ".join(self.classes)
+
 
 class AdapterCard(Options):
     """The content of medtpp.json."""
@@ -322,8 +328,9 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 
 def _model_card(card: AdapterCard, backbone: TunedBackbone) -> str:
     count = sum(parameter.numel() for parameter in [*backbone.targets.values(), *backbone.embed.values()])
-    size = card.backbone.image_size
-    pixels = "x".join(map(str, size)) if isinstance(size, tuple) else str(size)
+    size = backbone.spec.image_size
+    volumes = len(size) == 3
+    sides = "x".join(map(str, size if volumes or len(set(size)) > 1 else size[:1]))
     lines = [
         "---",
         "library_name: medtpp",
@@ -332,7 +339,8 @@ def _model_card(card: AdapterCard, backbone: TunedBackbone) -> str:
         "",
         f"# A `{card.tuner['name']}` adapter for `{card.backbone.architecture}`",
         "",
-        f"{count:,} target parameters, made by medtpp {card.versions['medtpp']} at {pixels} pixels.",
+        f"{count:,} target parameters, made by medtpp {card.versions['medtpp']} at {sides} "
+        f"{'voxels' if volumes else 'pixels'}.",
         "",
     ]
     if isinstance(card.tpp, RandomDirectionCard):
@@ -352,8 +360,10 @@ def _model_card(card: AdapterCard, backbone: TunedBackbone) -> str:
             "",
         ]
     if card.task:
-        lines += [f"Predicts: {', '.join(card.task.classes)}. Research use; not a medical device.", ""]
-        lines += ["    medtpp predict THIS_FOLDER IMAGES -o predictions.csv", ""]
+        what = "Segments (structure = values in masks)" if card.task.structures else "Predicts"
+        output = "masks/" if card.task.structures else "predictions.csv"
+        lines += [f"{what}: {card.task.described}. Research use; not a medical device.", ""]
+        lines += [f"    medtpp predict THIS_FOLDER IMAGES -o {output}", ""]
     else:
         lines += ["No head yet:", "", "    medtpp finetune EXPERIMENT --adapter THIS_FOLDER --out runs/finetuned", ""]
     return "\n".join(lines)

@@ -23,6 +23,7 @@ VOXELS = 1 << 18  # of a patch: 64 x 64 x 64 or 512 x 512, which are 1,024 token
 PERCENTILES = (0.5, 99.5)  # between which intensities are kept; nnU-Net's
 WHOLE = 95  # percentile of the scans' sizes, along each axis, that a patch for classification holds
 CROP_BELOW = 0.8  # crop where the content's box takes less than this share of the median scan
+DIGITS = 6  # significant ones of what is planned: headers in float32 have no more, and people read them
 
 
 class DatasetFingerprint(Options):
@@ -94,6 +95,8 @@ def fit_preprocessing(
     - Crop to content where that takes away a fifth of the median scan, and no structure.
     - Patch: the median shape, or what holds most scans whole; then smaller along the longest side in mm until the
       budget is met.
+
+    What is planned has six significant digits, so that the experiment, the card and the arithmetic hold one number.
 
     Args:
         fingerprint: Of the training cases.
@@ -179,7 +182,7 @@ def _grid(
     if len(spacing) == 3 and spacing.max() > ANISOTROPY * spacing.min():
         axis = int(spacing.argmax())
         spacing[axis] = max(np.percentile(spacings[:, axis], 10), np.delete(spacing, axis).max())
-    return None, tuple(spacing.tolist())
+    return None, tuple(map(_rounded, spacing.tolist()))
 
 
 def _middles(
@@ -247,6 +250,10 @@ def _windows(fingerprint: DatasetFingerprint, channels: int | None) -> tuple[Win
         # A data set of one value has no window of its own: 1 HU wide.
         return tuple(
             Window(kind="fixed", low=low, high=max(high, low + 1))
-            for low, high in zip(fingerprint.lows, fingerprint.highs, strict=True)
+            for low, high in zip(map(_rounded, fingerprint.lows), map(_rounded, fingerprint.highs), strict=True)
         )
     return (Window(kind="percentiles", low=PERCENTILES[0], high=PERCENTILES[1]),) * fingerprint.channels
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.{DIGITS}g}")

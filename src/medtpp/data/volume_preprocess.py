@@ -21,6 +21,7 @@ from medtpp.config import Options, Window
 from medtpp.data.case import MASK_VALUES, Structure
 from medtpp.data.decode import luma
 from medtpp.data.geometry import Geometry, Volume
+from medtpp.data.problems import count
 from medtpp.data.restore import Restore, axes_to_ras
 from medtpp.errors import DataError
 
@@ -89,7 +90,11 @@ class VolumePreprocessing(Options):
             DataError: Another number of dimensions or channels than the training cases had.
         """
         if volume.geometry.dims != self.dims:
-            raise DataError(f"has {volume.geometry.dims} dimensions, but the data set has {self.dims}.")
+            advice = "Give the whole volume" if self.dims == 3 else "Cut it into images"
+            raise DataError(
+                f"has {volume.geometry.dims} dimensions, but the training images have {self.dims}. "
+                f"{advice}, or leave it out."
+            )
         channels = self._channels(volume)
         restore = self._plan(channels, volume.geometry)
         result = np.empty((len(channels), *restore.shape), np.float16)
@@ -128,7 +133,10 @@ class VolumePreprocessing(Options):
         if volume.units == "levels" and (len(array), wanted) == (3, 1):
             return luma(np.moveaxis(array, 0, -1))[None]
         if len(array) != wanted:
-            raise DataError(f"has {len(array)} channels, but the data set has {wanted}.")
+            raise DataError(
+                f"has {count(array, 'channel')}, but the training images have {wanted}. Give the channels of the "
+                "training, in their order, or leave it out."
+            )
         return array
 
     def _plan(self, channels: NDArray[Any], geometry: Geometry) -> Restore:

@@ -30,7 +30,8 @@ def image_cases(
 ) -> list[Case]:
     """Cases for image files, and for all images and scans in folders; ids are the paths as given.
 
-    In folders, masks that medtpp predicted are no images; a file that is named is taken.
+    In folders, masks that medtpp predicted are no images; a file that is named is taken. Slices of a DICOM series that
+    are named one by one (`scan/*`) make one case, called as if their folder were named, where volumes are wanted.
 
     Args:
         paths: Files and folders.
@@ -42,10 +43,12 @@ def image_cases(
         DataError: A path does not exist, a folder holds no images, or there is none at all.
     """
     cases: dict[str, Case] = {}
+    volumes = isinstance(preprocessing, VolumePreprocessing) and preprocessing.dims == 3
+    series = _series_of(paths) if volumes else {}
     wrong = []
     left_out = []
     for path in paths:
-        found = without_masks(find_images(path)[0]) if path.is_dir() else [ImageFile(path.name, path)]
+        found = without_masks(find_images(path)[0]) if path.is_dir() else [series.get(path, ImageFile(path.name, path))]
         masks = predicted(path, found) if path.is_dir() else set()
         if not path.exists():
             wrong.append(f"{path} does not exist")
@@ -54,8 +57,9 @@ def image_cases(
         elif len(masks) == len(found):
             wrong.append(f"{path} holds nothing but what medtpp predict wrote; name files to predict them all the same")
         left_out += sorted(masks)
+        above = path if path.is_dir() else path.parent
         for image in found:
-            name = (path / image.name).as_posix() if path.is_dir() else path.as_posix()
+            name = (above / image.name).as_posix()
             if image.name not in masks:
                 cases.setdefault(name, Case(name, image.image, patient=image.patient, files=image.files))
     if wrong:
@@ -93,6 +97,18 @@ def relative_cases(cases: Sequence[Case], paths: Sequence[Path], output: Path) -
 def is_dicom_case(case: Case) -> bool:
     """Whether a case is DICOM, judged by names alone: what has no suffix of another format."""
     return bool(case.files) or split_suffix(case.image.name)[1] not in {*PLANE_SUFFIXES, *VOLUMES}
+
+
+def _series_of(paths: Sequence[Path]) -> dict[Path, ImageFile]:
+    """For each file that is a slice of a DICOM series, the series of all its slices that are named with it."""
+    named = {path for path in paths if path.is_file() and is_dicom_case(Case(path.name, path))}
+    series: dict[Path, ImageFile] = {}
+    for folder in dict.fromkeys(path.parent for path in paths if path in named):
+        for image in find_images(folder)[0]:
+            files = tuple(file for file in image.files if file in named)
+            if len(files) > 1:
+                series |= dict.fromkeys(files, replace(image, image=files[0], files=files))
+    return series
 
 
 def _joined(cases: Sequence[Case], channels: int) -> list[Case]:

@@ -9,8 +9,16 @@ import torch
 
 from medtpp.adapter import Adapter, TaskCard, load_adapter
 from medtpp.backbones import Backbone
+from medtpp.config import Window
 from medtpp.errors import WeightsError
 from medtpp.tasks.base import Task
+
+_PREPARED = "preprocessing: "
+_ONE_FILE = (
+    " Preprocessing is planned from the training cases, and those differ from seed to seed. Train the members from one "
+    "experiment file, which holds the plan: medtpp init DATA -o EXPERIMENT.yaml once, then for each seed medtpp run "
+    "EXPERIMENT.yaml --set seed=1 --out runs/seed1."
+)
 
 
 def load_ensemble(folders: Sequence[Path], *, backbone: str | None, device: torch.device) -> list[Adapter]:
@@ -61,17 +69,24 @@ def check_alike(adapters: Sequence[Adapter], names: Sequence[str]) -> None:
         names: For the message.
 
     Raises:
-        WeightsError: They differ in backbone, preprocessing, task, or in classes or structures; all is listed.
+        WeightsError: They differ in backbone, preprocessing, task, or in classes or structures; each field that
+            differs is listed.
     """
     first = _meaning(adapters[0])
-    problems = [
-        f"{what}: {first[what]} in {names[0]}, {value} in {name}"
-        for adapter, name in zip(adapters[1:], names[1:], strict=True)
-        for what, value in _meaning(adapter).items()
-        if value != first[what]
-    ]
+    problems = []
+    for adapter, name in zip(adapters[1:], names[1:], strict=True):
+        other = _meaning(adapter)
+        problems += [
+            f"{what}: {first.get(what, 'none')} in {names[0]}, {other.get(what, 'none')} in {name}"
+            for what in first | other
+            if first.get(what) != other.get(what)
+        ]
     if problems:
-        raise WeightsError("These adapters do not predict the same thing, so they cannot be averaged.", problems)
+        prepared = any(problem.startswith(_PREPARED) for problem in problems)
+        raise WeightsError(
+            "These adapters do not predict the same thing, so they cannot be averaged." + _ONE_FILE * prepared,
+            problems,
+        )
 
 
 def share_weights(first: Backbone, other: Backbone) -> None:
@@ -98,14 +113,22 @@ def _name(name: str) -> str:
 def _meaning(adapter: Adapter) -> dict[str, str]:
     """What members of an ensemble have to have in common."""
     card, (_, task_card) = adapter.card, head(adapter)
-    values = [f" = {', '.join(map(str, values))}" for values in task_card.mask_values] or [""] * len(task_card.classes)
     spec = adapter.backbone.spec
     return {
         "backbone": f"{card.backbone.architecture} with sha256 {card.backbone.sha256[:16]}…",
         "patch of the backbone": " x ".join(map(str, spec.patch)),
         "image size of the backbone": " x ".join(map(str, spec.image_size)),
-        "preprocessing": card.preprocessing.model_dump_json(),
+        **{f"{_PREPARED}{field}": _text(value) for field, value in card.preprocessing},
         "task": task_card.options["name"],
-        "classes or structures": "; ".join(map("".join, zip(task_card.classes, values, strict=True))),
+        "classes or structures": task_card.described,
         "several labels": "yes" if task_card.multilabel else "no",
     }
+
+
+def _text(value: object) -> str:
+    """A value of the preprocessing in all its digits."""
+    if isinstance(value, Window):
+        return f"{value.kind} {value.low} to {value.high}"
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_text, value))}]"
+    return "none" if value is None else str(value)

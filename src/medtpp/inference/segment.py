@@ -18,12 +18,11 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from pydantic import Field
 
 from medtpp.adapter import Adapter, TaskCard
@@ -35,6 +34,7 @@ from medtpp.data.volume_preprocess import VolumePreprocessing
 from medtpp.errors import DataError, OutputError, WeightsError
 from medtpp.files import digest, prepare_folder, read_json, write_json, write_text
 from medtpp.inference.ensemble import check_alike, head
+from medtpp.inference.maps import Maps
 from medtpp.inference.masks import Format, Target, measured, plan_targets, write_case
 from medtpp.inference.scans import Scan, read_ahead, reason
 from medtpp.inference.sliding import SlidingWindow, as_member
@@ -99,7 +99,7 @@ def segment_files(
         ConfigError: The format does not fit the cases.
         OutputError: The folder holds something, was made by other adapters or options, or cannot be written.
     """
-    segmenter = _Segmenter.of(adapters, options, device)
+    segmenter = _Segmenter.of(adapters, options, device, output)
     card = segmenter.card
     targets = plan_targets(
         cases, output, card, segmenter.preprocessing.dims, options.format, probabilities=options.probabilities
@@ -137,7 +137,7 @@ class _Segmenter:
     maps: bool  # whether probabilities are wanted
 
     @staticmethod
-    def of(adapters: Sequence[Adapter], options: SegmentOptions, device: torch.device) -> _Segmenter:
+    def of(adapters: Sequence[Adapter], options: SegmentOptions, device: torch.device, output: Path) -> _Segmenter:
         check_alike(adapters, [f"adapter {number}" for number in range(1, len(adapters) + 1)])
         task, card = head(adapters[0])
         preprocessing = adapters[0].card.preprocessing
@@ -151,13 +151,14 @@ class _Segmenter:
             flips=tuple(range(preprocessing.dims)) if options.flips else (),
             batch=patches_at_once(preprocessing.patch),
             device=device,
+            folder=output,
         )
         return _Segmenter(card, preprocessing, window, options.probabilities)
 
     def segment(self, case: Case, scan: Scan, target: Target, table: _Table, clock: _Clock) -> None:
         """Predict and write one case; its line in the table comes last and makes it whole."""
         geometry, overlapping = scan.restore.geometry, self.card.multilabel
-        maps: NDArray[np.float16] | None = None
+        maps: Maps | None = None
         with clock.during("predicting"):
             if self.maps:
                 labels, maps = self.window.scan_maps(scan.array, scan.restore)
@@ -166,7 +167,7 @@ class _Segmenter:
         with clock.during("writing"):
             write_case(target, labels, self.card, case, geometry)
             if maps is not None:
-                for path, one in zip(target.maps, maps[0 if overlapping else 1 :], strict=True):
+                for path, one in zip(target.maps, islice(maps, 0 if overlapping else 1, None), strict=True):
                     write_probability(path, scan.restore.probability(one), geometry)
             sizes, unit = measured(labels, self.card.structures, geometry, overlapping=overlapping)
             table.add(case.id, zip(self.card.classes, target.values, sizes, strict=True), unit)

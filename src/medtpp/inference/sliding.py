@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from torch import Tensor
 from medtpp.backbones import Backbone
 from medtpp.data.batches import to_unit
 from medtpp.data.restore import Restore
+from medtpp.inference.maps import Maps
 from medtpp.tasks.base import Task
 
 SIGMA = 1 / 8  # standard deviation of the Gaussian as a share of a window's side; nnU-Net's and MONAI's
@@ -55,7 +57,8 @@ class SlidingWindow:
     Peak memory, beside the array, the result and what the members need for `batch` windows: a slab of 4 bytes for each
     output and each voxel of patch[0] x H x W, at most 12 bytes for each of its voxels to hand them out, and the batch's
     probabilities a few times. It does not grow with the first axis. For a scan of 300 x 512 x 512 voxels with 3
-    structures and windows of 64 x 192 x 192 the slab takes 270 MB and the float16 probabilities 630 MB.
+    structures and windows of 64 x 192 x 192 the slab takes 270 MB and the float16 probabilities 630 MB; see `Maps` for
+    where those wait.
 
     Attributes:
         members: Each maps images (B, C, *patch) in [0, 1] to probabilities (B, K, *patch); see `as_member`. Their mean
@@ -67,6 +70,7 @@ class SlidingWindow:
         flips: Axes of space (0 the first) to average over: every combination is predicted, 2 ** len(flips) passes.
         batch: Windows at once.
         device: Where the members and the slab are.
+        folder: Where probabilities of the whole wait that are too large for the memory; None: in memory all the same.
     """
 
     members: Sequence[Member]
@@ -76,6 +80,7 @@ class SlidingWindow:
     flips: tuple[int, ...] = ()
     batch: int = 4
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    folder: Path | None = None
 
     def slabs(self, array: NDArray[Any]) -> Iterator[Tensor]:
         """Probabilities in pieces along the first axis, which together make the whole.
@@ -117,7 +122,7 @@ class SlidingWindow:
         if slab is not None:
             yield slab
 
-    def probabilities(self, array: NDArray[Any]) -> NDArray[np.float16]:
+    def probabilities(self, array: NDArray[Any]) -> Maps:
         """Probabilities in the network's space.
 
         Args:
@@ -125,8 +130,11 @@ class SlidingWindow:
 
         Returns:
             (K, *spatial).
+
+        Raises:
+            OutputError: They wait in a file, and the disk is full.
         """
-        return self._maps(array, None)
+        return self._maps(self.slabs(array), array.shape[1:])
 
     def labels(self, array: NDArray[Any]) -> NDArray[np.uint8]:
         """Labels in the network's space; the probabilities of the whole are never held.
@@ -159,7 +167,7 @@ class SlidingWindow:
         # voxel by voxel.
         return restore.labels(self.labels(array))
 
-    def scan_maps(self, array: NDArray[Any], restore: Restore) -> tuple[NDArray[np.uint8], NDArray[np.float16]]:
+    def scan_maps(self, array: NDArray[Any], restore: Restore) -> tuple[NDArray[np.uint8], Maps]:
         """The same labels, and the probabilities they were made from, in one pass.
 
         Args:
@@ -168,23 +176,22 @@ class SlidingWindow:
 
         Returns:
             (*restore.geometry.shape) labels; (K, *spatial) probabilities in the network's space.
+
+        Raises:
+            OutputError: See `probabilities`.
         """
         labels = np.empty(array.shape[1:], np.uint8)
-        maps = self._maps(array, labels)
+        maps = self._maps(self._decided(array, labels), labels.shape)
         if max(restore.coarsened) > 1:
             return labels_on_scan(maps, restore, overlapping=self.overlapping), maps
         return restore.labels(labels), maps
 
-    def _maps(self, array: NDArray[Any], labels: NDArray[np.uint8] | None) -> NDArray[np.float16]:
-        """Probabilities of the whole; `labels` (*spatial) are filled on the way, where they are wanted."""
-        result = np.empty((0, *array.shape[1:]), np.float16)
-        done = 0
-        for slab in self.slabs(array) if labels is None else self._decided(array, labels):
-            if not done:
-                result = np.empty((len(slab), *array.shape[1:]), np.float16)
-            result[:, done : done + slab.shape[1]] = slab.half().cpu().numpy()
-            done += slab.shape[1]
-        return result
+    def _maps(self, slabs: Iterator[Tensor], spatial: tuple[int, ...]) -> Maps:
+        first = next(slabs)
+        maps = Maps((len(first), *spatial), self.folder)
+        for slab in itertools.chain([first], slabs):
+            maps.append(slab.half().cpu().numpy())
+        return maps
 
     def _decided(self, array: NDArray[Any], labels: NDArray[np.uint8]) -> Iterator[Tensor]:
         """The slabs, each after its `labels` (*spatial) were filled in."""
@@ -215,13 +222,13 @@ class SlidingWindow:
         return mean
 
 
-def labels_on_scan(probabilities: NDArray[Any], restore: Restore, *, overlapping: bool) -> NDArray[np.uint8]:
+def labels_on_scan(probabilities: Iterable[NDArray[Any]], restore: Restore, *, overlapping: bool) -> NDArray[np.uint8]:
     """Bring probabilities to the scan's grid by linear interpolation, map by map, and decide there.
 
     Peak memory, beside the probabilities: about 4 float32 maps of the scan, whatever the number of structures.
 
     Args:
-        probabilities: (K, *restore.shape), as `SlidingWindow.probabilities` gives them.
+        probabilities: K maps (*restore.shape), as `SlidingWindow.probabilities` gives them.
         restore: The way back to the scan.
         overlapping: Whether structures overlap; otherwise the first map is the background's.
 
@@ -233,8 +240,9 @@ def labels_on_scan(probabilities: NDArray[Any], restore: Restore, *, overlapping
         for bit, one in enumerate(probabilities):
             labels |= (restore.probability(one) > 0.5).astype(np.uint8) << np.uint8(bit)
         return labels
-    best = restore.probability(probabilities[0], outside=1.0)
-    for number, one in enumerate(probabilities[1:], start=1):
+    maps = iter(probabilities)
+    best = restore.probability(next(maps), outside=1.0)
+    for number, one in enumerate(maps, start=1):
         current = restore.probability(one)
         labels[current > best] = number
         np.maximum(best, current, out=best)

@@ -327,6 +327,7 @@ def _readme(adapter: Adapter) -> str:
         [
             f"# {', '.join(fine_tuned(adapter).classes)}",
             "",
+            "    pip install torch monai fire nibabel pillow",
             "    python -m monai.bundle run --config_file configs/inference.json --bundle_root . --dataset_dir SCANS",
             "",
             f"reads the files in SCANS that `pattern` matches and {written}. `preprocessing.json` states in words what",
