@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medtpp.data.case import SPLITS, Case, Dataset, Problem, Record
-from medtpp.data.problems import agree, count, error, exclude_option, first_few, warning
+from medtpp.data.problems import agree, count, error, exclude_option, first_few, listed, warning
 from medtpp.data.restore import ANISOTROPY
 from medtpp.data.volume_scan import MOST_VALUES, VolumeScan
 
@@ -115,11 +115,9 @@ def _unusable(dataset: Dataset, records: Mapping[str, Record]) -> list[Problem]:
             reasons[case.id] = reason.removeprefix(f"{dataset.root}{os.sep}").replace("\n", "\n  ")
     if not reasons:
         return []
-    lines = [f"- {reason}" for reason in reasons.values()][:MOST_LISTED]
-    if len(reasons) > MOST_LISTED:
-        lines.append(f"- and {len(reasons) - MOST_LISTED} more")
+    lines = listed(reasons.values(), MOST_LISTED)
     advice = f"Mend them, or leave them out: {exclude_option(list(reasons))}"
-    text = "\n".join([f"{count(reasons, 'case')} cannot be used:", *lines, advice])
+    text = f"{count(reasons, 'case')} cannot be used:\n{lines}\n{advice}"
     return [error("unreadable-case", text, reasons)]
 
 

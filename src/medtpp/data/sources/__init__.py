@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar, Protocol
 from medtpp.config import DataOptions
 from medtpp.data.case import Case, Dataset, Problem
 from medtpp.data.listing import DICOM_SUFFIXES, list_images, spelled, stem_of
-from medtpp.data.problems import agree, count, first_few
+from medtpp.data.problems import agree, count, first_few, listed
 from medtpp.errors import DataError
 
 if TYPE_CHECKING:
@@ -135,14 +135,15 @@ def scan_problems(images: Iterable[ImageFile], exclude: Sequence[str]) -> list[P
             found[problem.severity, problem.code].append((image.name, problem))
     problems = []
     for (_, code), its in found.items():
-        text = f"DICOM: {first_few((f'{name}: {problem.message}' for name, problem in its), 3)}"
+        told = [f"{name}: {problem.message}" for name, problem in its]
+        text = f"DICOM: {told[0]}" if len(told) == 1 else f"DICOM, {count(told, 'case')}:\n{listed(told, 3)}"
         problems.append(Problem(its[0][1].severity, code, text, tuple(dict.fromkeys(name for name, _ in its))))
     crowded = [inside for inside in folders.values() if len(inside) > 1 and any(scan.stacked for _, scan in inside)]
     if crowded:
-        listed = (" and ".join(f"{image.name} ({scan.summary()})" for image, scan in inside) for inside in crowded)
+        series = (" and ".join(f"{image.name} ({scan.summary()})" for image, scan in inside) for inside in crowded)
         text = (
             f"{count(crowded, 'folder')} {agree(crowded, 'holds', 'hold')} several DICOM series: "
-            f"{first_few(listed, 3)}. Each is a case; leave out those that are not meant with data.exclude."
+            f"{first_few(series, 3)}. Each is a case; leave out those that are not meant with data.exclude."
         )
         names = tuple(image.name for inside in crowded for image, _ in inside)
         problems.append(Problem("warning", "several-series", text, names))
