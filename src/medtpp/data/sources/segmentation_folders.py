@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,17 +13,9 @@ from medtpp.data.case import Case, Dataset, Problem
 from medtpp.data.listing import spelled, stem_of
 from medtpp.data.problems import agree, count, first_few
 from medtpp.data.sources import ImageFile, find_images, find_masks, scan_problems, split_of
+from medtpp.data.sources._names import IMAGE_FOLDERS, MASK_ENDING, MASK_FOLDERS
 from medtpp.data.sources._structures import named_structures
 from medtpp.errors import DataError
-
-_IMAGE_FOLDERS = frozenset({"image", "images", "img", "imgs", "scan", "scans", "volume", "volumes"})
-_MASK_FOLDERS = frozenset(
-    {
-        *("mask", "masks", "label", "labels", "annotation", "annotations", "segmentation", "segmentations"),
-        *("seg", "segs", "gt", "ground_truth", "groundtruth"),
-    }
-)
-_MASK_ENDING = re.compile(r"[ _.-](masks?|labels?|annotations?|segmentations?|segs?|gt|ground_?truth)$", re.IGNORECASE)
 
 
 @SOURCES.register("segmentation_folders")
@@ -81,11 +72,11 @@ def without_masks(images: Iterable[ImageFile]) -> list[ImageFile]:
     """Images of any folders, less those in folders of masks: pools and new images may lie beside their masks."""
     images = list(images)
     folders = {part for image in images for part in PurePosixPath(image.name).parents}
-    with_images = {part.parent for part in folders if part.name.casefold() in _IMAGE_FOLDERS | {"imagestr", "imagests"}}
+    with_images = {part.parent for part in folders if part.name.casefold() in IMAGE_FOLDERS | {"imagestr", "imagests"}}
     masks = {
         part
         for part in folders
-        if part.parent in with_images and part.name.casefold() in _MASK_FOLDERS | {"labelstr", "labelsts"}
+        if part.parent in with_images and part.name.casefold() in MASK_FOLDERS | {"labelstr", "labelsts"}
     }
     return [image for image in images if masks.isdisjoint(PurePosixPath(image.name).parents)]
 
@@ -120,7 +111,7 @@ def pair(images: Iterable[tuple[str, str]], masks: Iterable[str]) -> Pairing:
         images_of[stem].append(name)
     for mask in masks:
         whole = spelled(stem_of(mask))
-        looked_up = (whole, _MASK_ENDING.sub("", whole), spelled(PurePosixPath(mask).parent.as_posix()))
+        looked_up = (whole, MASK_ENDING.sub("", whole), spelled(PurePosixPath(mask).parent.as_posix()))
         found = next((stem for stem in looked_up if stem in images_of), None)
         if found is None:
             alone.append(mask)
@@ -165,8 +156,8 @@ def _parts(root: Path) -> list[_Part]:
 
 def _part(folder: Path, split: str | None) -> _Part:
     inside = _folders(folder)
-    images = tuple(path for path in inside if path.name.casefold() in _IMAGE_FOLDERS)
-    masks = tuple(path for path in inside if path.name.casefold() in _MASK_FOLDERS)
+    images = tuple(path for path in inside if path.name.casefold() in IMAGE_FOLDERS)
+    masks = tuple(path for path in inside if path.name.casefold() in MASK_FOLDERS)
     return _Part(folder, split, images, masks)
 
 
