@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from pydicom.uid import generate_uid
 
-from dicoms import SECRETS, save, slices
+from dicoms import SECRETS, read, save, slices
+from medtpp.inference.write import write_mask
 from runs import cli, refused
 from segmenters import adapter
 
@@ -78,5 +79,81 @@ def test_findings_in_several_cases_stand_on_lines(tmp_path):
     result = cli("check", tmp_path)
     assert result.status == 2
     advice = "is no DICOM file, or its header is broken. Copy or export it again."
-    assert f"DICOM, 2 cases: - a/x.dcm: {advice} - b/y.dcm: {advice}" in result.text
+    assert f"DICOM, 2 findings: - a/x.dcm: {advice} - b/y.dcm: {advice}" in result.text
     assert "Doe^Jane" not in result.text
+
+
+# Several scans in a folder
+
+
+def segmented(folder):
+    """Four scans, with a mask each that has the name of their folder."""
+    for number in range(4):
+        paths = save(folder / "images" / f"s{number}", series(number), NAMES)
+        volume = read(paths)
+        mask = np.zeros(volume.array.shape[1:], np.uint8)
+        mask[2:5, 3:9, 4 + number : 8 + number] = 1
+        write_mask(folder / "masks" / f"s{number}.nii.gz", mask, volume.geometry)
+    return folder
+
+
+def test_the_mask_of_a_folder_with_two_stacks(tmp_path):
+    segmented(tmp_path)
+    save(tmp_path / "images" / "s1", series(20, depth=4), [f"X{number}" for number in range(4)])
+    said = refused("check", tmp_path)
+    assert "1 mask is called after a folder with several scans: masks/s1.nii.gz (images/s1#1 or images/s1#2)." in said
+    assert "or call the mask after one, such as masks/s1#1.nii.gz" in said
+    option = said.split("such as --set '", 1)[1].split("'", 1)[0]
+    assert option == 'data.exclude=["images/s1#2"]'
+    result = cli("check", tmp_path, "--set", option)
+    assert result.status == 0, result.text
+    assert "cases 4" in result.text
+    assert "masks 4" in result.text
+    for words in ("no image of the same name", "has no mask", "several"):
+        assert words not in result.text
+    # The other way that is told
+    (tmp_path / "masks" / "s1.nii.gz").rename(tmp_path / "masks" / "s1#1.nii.gz")
+    assert "1 of 5 images has no mask and counts as unlabelled: images/s1#2." in cli("check", tmp_path).text
+
+
+def test_two_stacks_in_every_folder(tmp_path):
+    segmented(tmp_path)
+    for number in range(4):
+        save(tmp_path / "images" / f"s{number}", series(20, depth=4), [f"X{number}" for number in range(4)])
+    assert "4 masks are called after a folder with several scans: masks/s0.nii.gz" in refused("check", tmp_path)
+    result = cli("check", tmp_path, "--set", 'data.exclude=["*#2"]')
+    assert result.status == 0, result.text
+    assert "masks 4" in result.text
+
+
+def test_what_is_left_out_is_missed_no_more(tmp_path):
+    segmented(tmp_path)
+    save(tmp_path / "images" / "s0", series(30, depth=1, ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"]), ["SCOUT"])
+    (tmp_path / "images" / "s3.nii.gz").write_bytes(b"")  # of the same name as a scan
+    said = refused("check", tmp_path)
+    assert "images/s0/SCOUT: is a localizer" in said
+    assert "images/s3 (images/s3, images/s3.nii.gz, masks/s3.nii.gz)" in said
+    chosen = 'data.exclude=["images/s0/SCOUT", "images/s1", "images/s3.nii.gz"]'
+    result = cli("check", tmp_path, "--set", chosen)
+    assert result.status == 0, result.text
+    assert "masks 3" in result.text
+    assert "no image of the same name" not in result.text
+    assert "has no mask" not in result.text
+
+
+def test_a_manifest_names_a_series_of_a_folder(tmp_path):
+    segmented(tmp_path)
+    save(tmp_path / "images" / "s0", series(30, depth=1, ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"]), ["SCOUT"])
+
+    def write(first):
+        names = [first, "s1", "s2", "s3"]
+        rows = (f"images/{name},masks/s{number}.nii.gz\n" for number, name in enumerate(names))
+        (tmp_path / "manifest.csv").write_text("image,mask\n" + "".join(rows))
+
+    write("s0")
+    said = refused("check", tmp_path)
+    assert "(images/s0#1: CT, 6 slices of 20 x 18; images/s0/SCOUT: CT, 1 slice of 20 x 18)" in said
+    write("s0#1")
+    result = cli("check", tmp_path)
+    assert result.status == 0, result.text
+    assert "masks 4" in result.text

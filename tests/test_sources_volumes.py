@@ -245,11 +245,32 @@ def test_scans_in_a_manifest(tmp_path):
     assert cases["p1"].patient
     assert (cases["p1/IM0.dcm"].files, cases["p1/IM0.dcm"].patient) == ((), "me")
     found = problems(dataset)
-    assert "line 4: p2 (CT, 3 slices of 4 x 4; CT, 2 slices of 4 x 4)" in found["several-series"].message
+    assert "line 4: p2 (p2#1: CT, 3 slices of 4 x 4; p2#2: CT, 2 slices of 4 x 4)" in found["several-series"].message
     assert "line 5: p3" in found["no-series"].message
     assert [problem.code for problem in dataset.problems if problem.cases == ("p4",)]
     assert SECRET not in repr(dataset)
     assert read(tmp_path, exclude=["p2", "p3", "p4"]).problems == ()
+
+
+def test_series_of_one_folder_in_a_manifest(tmp_path):
+    write_series(tmp_path / "é" / "p2")
+    write_series(tmp_path / "é" / "p2", positions=(0, 3), start=5)
+    write_series(tmp_path / "p3")
+    write_series(tmp_path / "p3", positions=(0,), start=5)
+    write_series(tmp_path / "p#4")
+    write_series(tmp_path / "p5", ending="")
+    touch(tmp_path, "p5/IM5")
+    cells = ["é/p2#1", "é/p2#2", "é/p2#3", "p3", "p3#1", "p3/IM5.dcm", "p#4", "p#4#1", "p5", "p9#1"]
+    (tmp_path / "manifest.csv").write_text("image,label\n" + "".join(f"{cell},x\n" for cell in cells))
+    dataset = read(tmp_path)
+    sizes = {"é/p2#1": 3, "é/p2#2": 2, "é/p2#3": 0, "p3": 0, "p3#1": 3, "p3/IM5.dcm": 0, "p#4": 3, "p#4#1": 3, "p5": 3}
+    assert {case.id: len(case.files) for case in dataset.cases} == sizes
+    found = problems(dataset)
+    there = "(é/p2#1: CT, 3 slices of 4 x 4; é/p2#2: CT, 2 slices of 4 x 4)"
+    assert f"line 4: é/p2#3 {there}" in found["unknown-series"].message
+    assert "line 5: p3 (p3#1: CT, 3 slices of 4 x 4; p3/IM5.dcm: CT, 1 slice of" in found["several-series"].message
+    assert "line 11: p9#1" in found["missing-file"].message
+    assert found["unreadable-dicom"].message.startswith("DICOM: p5/IM5: is empty")
 
 
 def test_folders_without_dicom_are_not_searched_for_it(tmp_path, monkeypatch):

@@ -9,7 +9,15 @@ from medtpp.config import SOURCES, DataOptions
 from medtpp.data.case import Case, Dataset, Problem
 from medtpp.data.listing import IMAGE_SUFFIXES
 from medtpp.data.problems import agree, count, first_few
-from medtpp.data.sources import ImageFile, class_names, find_images, is_excluded, scan_problems, split_of
+from medtpp.data.sources import (
+    ImageFile,
+    class_names,
+    crowded_folders,
+    find_images,
+    is_excluded,
+    scan_problems,
+    split_of,
+)
 from medtpp.data.sources._lookalikes import masks_among_images, refuse_masks_as_classes
 from medtpp.data.sources.segmentation_folders import holds_masks
 from medtpp.errors import DataError
@@ -68,6 +76,7 @@ class Folders:
             refuse_masks_as_classes(path, kept, places)
         problems = (
             *scan_problems(images, options.exclude),
+            *crowded_folders(images, options.exclude),
             *masks_among_images(kept, meant=options.layout == "folders"),
             *_problems(cases, others),
         )

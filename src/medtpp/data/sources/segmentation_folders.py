@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import ClassVar
 
 from medtpp.config import SOURCES, DataOptions
 from medtpp.data.case import Case, Dataset, Problem
-from medtpp.data.listing import spelled, stem_of
-from medtpp.data.problems import agree, count, first_few
-from medtpp.data.sources import ImageFile, find_images, find_masks, scan_problems, split_of
-from medtpp.data.sources._names import IMAGE_FOLDERS, MASK_ENDING, MASK_FOLDERS
+from medtpp.data.listing import split_suffix
+from medtpp.data.problems import agree, count, exclude_option, first_few
+from medtpp.data.sources import (
+    ImageFile,
+    crowded_folders,
+    find_images,
+    find_masks,
+    is_excluded,
+    scan_problems,
+    split_of,
+)
+from medtpp.data.sources._names import IMAGE_FOLDERS, MASK_FOLDERS
+from medtpp.data.sources._pairing import match
 from medtpp.data.sources._structures import named_structures
 from medtpp.errors import DataError
 
@@ -55,11 +63,12 @@ class SegmentationFolders:
         found = _Found()
         for part in parts:
             cases += _read_part(path, part, options.exclude, found)
-        if not any(case.mask for case in cases):
-            raise DataError(_nothing_paired(path, cases, found))
         cases.sort(key=lambda case: case.id)
+        kept = [case for case in cases if not is_excluded(case.id, options.exclude)]
+        if not any(case.mask for case in kept):
+            raise DataError(_nothing_paired(path, kept, found))
         structures = named_structures(options.structures)
-        problems = (*found.problems, *_problems(cases, found))
+        problems = (*found.problems, *_problems(kept, found))
         return Dataset(path, "segmentation_folders", tuple(cases), structures=structures, problems=problems)
 
 
@@ -82,50 +91,6 @@ def without_masks(images: Iterable[ImageFile]) -> list[ImageFile]:
 
 
 @dataclass(frozen=True)
-class Pairing:
-    """What `pair` found. Stems that belong to several images or several masks are doubled, and not paired.
-
-    Attributes:
-        masks: The mask of each image that has one, by the image's stem.
-        alone: Masks without an image.
-        doubled: By stem, the names of all images and masks that share it.
-    """
-
-    masks: dict[str, str]
-    alone: list[str]
-    doubled: dict[str, list[str]]
-
-
-def pair(images: Iterable[tuple[str, str]], masks: Iterable[str]) -> Pairing:
-    """Find the mask of each image by its stem.
-
-    Args:
-        images: Stem, as `ImageFile` gives it, and name of each image.
-        masks: Names of masks. The whole stem is looked up first, then the stem without an ending such as "_mask", then
-            the folder, in which viewers save a segmentation under a name of their own.
-    """
-    images_of: dict[str, list[str]] = defaultdict(list)
-    masks_of: dict[str, list[str]] = defaultdict(list)
-    alone = []
-    for stem, name in images:
-        images_of[stem].append(name)
-    for mask in masks:
-        whole = spelled(stem_of(mask))
-        looked_up = (whole, MASK_ENDING.sub("", whole), spelled(PurePosixPath(mask).parent.as_posix()))
-        found = next((stem for stem in looked_up if stem in images_of), None)
-        if found is None:
-            alone.append(mask)
-        else:
-            masks_of[found].append(mask)
-    doubled = {
-        stem: names + masks_of[stem] for stem, names in images_of.items() if len(names) > 1 or len(masks_of[stem]) > 1
-    }
-    return Pairing(
-        {stem: names[0] for stem, names in masks_of.items() if stem not in doubled and names}, alone, doubled
-    )
-
-
-@dataclass(frozen=True)
 class _Part:
     """The image and mask folders in one folder: one of each, unless the data set is wrong."""
 
@@ -135,14 +100,15 @@ class _Part:
     masks: tuple[Path, ...]
 
 
+@dataclass
 class _Found:
-    """What is told of the data set when all parts are read."""
+    """What is told of the data set when all parts are read; see `medtpp.data.sources._pairing.Matches`."""
 
-    def __init__(self) -> None:
-        self.alone: list[str] = []
-        self.doubled: dict[str, list[str]] = {}
-        self.others: list[str] = []
-        self.problems: list[Problem] = []
+    alone: list[str] = field(default_factory=list)
+    doubled: dict[str, list[str]] = field(default_factory=dict)
+    unclear: dict[str, list[str]] = field(default_factory=dict)
+    others: list[str] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
 
 
 def _parts(root: Path) -> list[_Part]:
@@ -171,18 +137,23 @@ def _folders(folder: Path) -> list[Path]:
 def _read_part(root: Path, part: _Part, exclude: Sequence[str], found: _Found) -> list[Case]:
     folder = part.images[0]
     before = folder.relative_to(root).as_posix()
+    beside = part.masks[0].relative_to(root).as_posix() if part.masks else ""
     images, others = find_images(folder)
     masks, other_masks = find_masks(part.masks[0]) if part.masks else ([], [])
-    pairing = pair(((image.stem, image.name) for image in images), masks)
+    matches = match(images, masks, {i.name for i in images if is_excluded(f"{before}/{i.name}", exclude)})
     splits = {} if part.split else _inner_splits(images)
 
-    found.problems += scan_problems((replace(image, name=f"{before}/{image.name}") for image in images), exclude)
+    named = [replace(image, name=f"{before}/{image.name}") for image in images]
+    found.problems += [*scan_problems(named, exclude), *crowded_folders(named, exclude)]
     found.others += [f"{before}/{name}" for name in others]
-    if part.masks:
-        beside = part.masks[0].relative_to(root).as_posix()
-        found.others += [f"{beside}/{name}" for name in other_masks]
-        found.alone += [f"{beside}/{name}" for name in pairing.alone]
-    found.doubled |= {f"{before}/{stem}": names for stem, names in pairing.doubled.items()}
+    found.others += [f"{beside}/{name}" for name in other_masks]
+    found.alone += [f"{beside}/{name}" for name in matches.alone]
+    for stem, (same, its_masks) in matches.doubled.items():
+        names = (*(f"{before}/{name}" for name in same), *(f"{beside}/{name}" for name in its_masks))
+        found.doubled[f"{before}/{stem}"] = list(names)
+    for mask, scans in matches.unclear.items():
+        found.unclear[f"{beside}/{mask}"] = [f"{before}/{name}" for name in scans]
+    in_doubt = {name for same, _ in matches.doubled.values() for name in same}
     return [
         Case(
             f"{before}/{image.name}",
@@ -190,10 +161,10 @@ def _read_part(root: Path, part: _Part, exclude: Sequence[str], found: _Found) -
             patient=image.patient,
             split=part.split or splits.get(image.name),
             files=image.files,
-            mask=part.masks[0] / pairing.masks[image.stem] if image.stem in pairing.masks else None,
+            mask=part.masks[0] / matches.masks[image.name] if image.name in matches.masks else None,
         )
         for image in images
-        if image.stem not in pairing.doubled
+        if image.name not in in_doubt
     ]
 
 
@@ -204,6 +175,8 @@ def _inner_splits(images: Sequence[ImageFile]) -> Mapping[str, str | None]:
 
 
 def _nothing_paired(root: Path, cases: Sequence[Case], found: _Found) -> str:
+    if found.unclear:
+        return f"{root}: no image has a mask that is its alone. {_unclear(found)}"
     if not (cases or found.alone or found.doubled):
         return (
             f"{root} holds no images and masks. Expected are two folders with the same names in them, such as "
@@ -218,6 +191,18 @@ def _nothing_paired(root: Path, cases: Sequence[Case], found: _Found) -> str:
     )
 
 
+def _unclear(found: _Found) -> str:
+    """Which scan of a folder is a mask of?"""
+    mask, scans = next(iter(found.unclear.items()))
+    which = first_few((f"{mask} ({' or '.join(scans)})" for mask, scans in found.unclear.items()), 3)
+    what = f"{count(found.unclear, 'mask')} {agree(found.unclear, 'is', 'are')} called after a folder with several"
+    own = PurePosixPath(mask).with_name(PurePosixPath(scans[0]).name + split_suffix(mask)[1])
+    return (
+        f"{what} scans: {which}. Leave out the scans that are not meant, such as {exclude_option(scans[1:])}, or call "
+        f"the mask after one, such as {own}."
+    )
+
+
 def _problems(cases: Sequence[Case], found: _Found) -> list[Problem]:
     problems = []
     if found.doubled:
@@ -225,6 +210,9 @@ def _problems(cases: Sequence[Case], found: _Found) -> list[Problem]:
         what = f"{count(found.doubled, 'name')} {agree(found.doubled, 'belongs', 'belong')}"
         text = f"{what} to several images or several masks: {which}. Keep one of each."
         problems.append(Problem("error", "doubled-stem", text))
+    if found.unclear:
+        names = tuple(dict.fromkeys(name for scans in found.unclear.values() for name in scans))
+        problems.append(Problem("error", "mask-of-several-series", _unclear(found), names))
     bare = tuple(case.id for case in cases if case.mask is None)
     if bare:
         verbs = agree(bare, "has no mask and counts", "have no mask and count")
