@@ -1,5 +1,6 @@
 """`medtpp check` and `medtpp predict` on DICOM files that a copy, an export or a scanner left in a bad state."""
 
+import nibabel
 import numpy as np
 import pytest
 from pydicom.uid import generate_uid
@@ -43,10 +44,10 @@ def test_an_end_slice_of_which_nothing_is_left_is_missed(tmp_path, names, conten
     said = refused("check", tmp_path / "data")
     assert f"{told} and lies among DICOM files: a slice may be missing." in said
     assert "1 error" in said
-    assert "not images" not in said
+    assert "no image" not in said
     result = cli("predict", adapter(tmp_path / "adapter"), tmp_path / "data" / "a", "-o", tmp_path / "out")
     assert f"bad/{names[-1]}" in result.text
-    assert "could not be read" in result.text
+    assert "1 of 4 files could not be read." in result.text
 
 
 def test_notes_among_slices_are_no_slices(tmp_path):
@@ -56,7 +57,7 @@ def test_notes_among_slices_are_no_slices(tmp_path):
     (tmp_path / "a" / "EMPTY").write_bytes(b"")  # no slice lies in this folder
     result = cli("check", tmp_path)
     assert result.status == 0, result.text
-    assert "3 files are not images" in result.text
+    assert "3 files are no images: a/EMPTY, a/s0/VERSION, a/s0/done.txt" in result.text
 
 
 # What headers do not tell
@@ -157,3 +158,13 @@ def test_a_manifest_names_a_series_of_a_folder(tmp_path):
     result = cli("check", tmp_path)
     assert result.status == 0, result.text
     assert "masks 4" in result.text
+
+
+def test_numbers_and_nouns_agree(tmp_path):
+    segmented(tmp_path / "data")
+    values = np.random.default_rng(0).normal(size=(18, 20, 6)).astype(np.float32)
+    nibabel.save(nibabel.Nifti1Image(values, None), tmp_path / "data" / "images" / "plain.nii")
+    assert "unknown in 1 case " in cli("check", tmp_path / "data").text
+    (tmp_path / "empty.nii").write_bytes(b"")
+    result = cli("predict", adapter(tmp_path / "adapter"), tmp_path / "empty.nii", "-o", tmp_path / "out")
+    assert "1 of 1 file could not be read." in result.text

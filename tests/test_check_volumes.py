@@ -58,6 +58,7 @@ def test_what_does_not_go_together():
     mixed = found(some(flat={"shape": (9, 8), "spacing": (1.0, 1.0)}))["images-and-volumes"]
     assert mixed.cases == ("flat",)
     assert "1 image and 4 volumes are mixed" in mixed.message
+    assert """leave the fewer out: --set 'data.exclude=["flat"]'.""" in mixed.message
     double = found(some(double={"channels": 2}))["different-channels"]
     assert (double.severity, double.cases) == ("error", ("double",))
     assert "1 (4 cases such as s0); 2 (double)" in double.message

@@ -117,7 +117,7 @@ def test_what_has_no_partner_is_told(tmp_path):
     assert problems(dataset) == {
         "image-without-mask": ("warning", "1 of 2 images has no mask and counts as unlabelled: images/2.png."),
         "mask-without-image": ("warning", "1 mask has no image of the same name: masks/3.png: ignored."),
-        "not-an-image": ("warning", "2 files are not images, for example images/x.csv: ignored."),
+        "not-an-image": ("warning", "2 files are no images: images/x.csv, masks/readme.txt: ignored."),
     }
 
 

@@ -88,7 +88,7 @@ def test_class_folders_of_volumes(tmp_path):
         "test/a/3.mhd": ("test", ("a",)),
         "test/b/4.nii": ("test", ("b",)),
     }
-    assert "1 file is not images, for example test/b/x.raw" in problems(dataset)["not-an-image"].message
+    assert "1 file is no image: test/b/x.raw" in problems(dataset)["not-an-image"].message
     assert list_images(tmp_path)[0] == sorted(case.id for case in dataset.cases)
 
 
@@ -102,7 +102,7 @@ def test_detached_headers_and_their_voxels(tmp_path):
     touch(tmp_path, "images/c.raw", "masks/b.mha")
     dataset = read(tmp_path)
     assert {case.id: case.mask.name for case in dataset.cases} == {"images/a.nhdr": "a.nhdr", "images/b.nhdr": "b.mha"}
-    assert "1 file is not images, for example images/c.raw" in problems(dataset)["not-an-image"].message
+    assert "1 file is no image: images/c.raw" in problems(dataset)["not-an-image"].message
     for case in dataset.cases:
         assert np.array_equal(read_volume(case).array[0], values)
     geometry = read_volume(dataset.cases[0]).geometry
@@ -139,7 +139,7 @@ def test_class_folders_of_scans(tmp_path):
     assert cases["malignant/film.dcm"].files == ()
     assert cases["benign/p1/ct"].patient == cases["malignant/p3"].patient != cases["benign/p2"].patient
     assert cases["malignant/p4.nii.gz"].patient is None
-    assert problems(dataset)["not-an-image"].message.startswith("1 file is not images, for example malignant/notes.txt")
+    assert problems(dataset)["not-an-image"].message.startswith("1 file is no image: malignant/notes.txt")
     assert SECRET not in repr(dataset)
 
 
@@ -219,8 +219,10 @@ def test_masks_that_are_dicom_segmentations(tmp_path):
     found = {case.id: case.mask for case in dataset.cases if case.mask}
     assert {name: path.relative_to(tmp_path / "masks").as_posix() for name, path in found.items()} == masks
     assert [case.id for case in dataset.cases if not case.mask] == ["images/p3"]
-    assert "1 file is not images, for example masks/p3.dcm" in problems(dataset)["not-an-image"].message
-    assert set(problems(dataset)) == {"not-an-image", "image-without-mask"}
+    told = problems(dataset)["mask-no-segmentation"]
+    assert told.severity == "warning"
+    assert "1 file among the masks is DICOM, but no segmentation (SEG): masks/p3.dcm: ignored." in told.message
+    assert set(problems(dataset)) == {"mask-no-segmentation", "image-without-mask"}
     for case in dataset.cases:
         if case.mask:
             assert np.array_equal(read_mask(case.mask, read_volume(case).geometry), labels)

@@ -74,7 +74,7 @@ def _add_volumes(table: Table, volumes: VolumeSummary) -> None:
     if volumes.spacing:
         _add_axes(table, "spacing", volumes.spacing, " mm")
         if volumes.unknown:
-            table.add_row("", f"unknown in {volumes.unknown} cases")
+            table.add_row("", f"unknown in {volumes.unknown} case{'s' * (volumes.unknown != 1)}")
     elif len(volumes.size) == 3:
         table.add_row("spacing", "unknown")
     table.add_row("values", _alternatives({_UNITS[unit]: count for unit, count in volumes.units.items()}))

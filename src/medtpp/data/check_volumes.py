@@ -133,7 +133,8 @@ def _together(scans: Mapping[Case, VolumeScan]) -> list[Problem]:
         images, volumes = dims.get(2, []), dims.get(3, [])
         text = (
             f"{count(images, 'image')} and {count(volumes, 'volume')} are mixed: {first_few(images, 3)}; "
-            f"{first_few(volumes, 3)}. Make a data set of each."
+            f"{first_few(volumes, 3)}. Make a data set of each, or leave the fewer out: "
+            f"{exclude_option(_minority(dims))}."
         )
         problems.append(error("images-and-volumes", text, _minority(dims)))
     units = _grouped((case.id, scan.units) for case, scan in scans.items())

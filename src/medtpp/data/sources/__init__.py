@@ -107,7 +107,7 @@ def find_images(folder: Path) -> tuple[list[ImageFile], list[str]]:
         scans = find_series(folder)
         images += _named(folder, scans)
         slices = {file.relative_to(folder).as_posix() for scan in scans for file in scan.files}
-        others = [name for name in others if name not in slices and posixpath.basename(name).upper() != "DICOMDIR"]
+        others = [name for name in others if name not in slices and not _is_directory(name)]
     return sorted(images, key=lambda image: image.name), others
 
 
@@ -135,19 +135,21 @@ def find_scans(folder: Path, name: str) -> dict[str, ImageFile]:
     return {f"{name}#1" if called == name else called: scan for called, scan in named.items()}
 
 
-def find_masks(folder: Path) -> tuple[list[str], list[str]]:
+def find_masks(folder: Path) -> tuple[list[str], list[str], list[str]]:
     """All masks under a folder: images by suffix as `list_images` does, and DICOM segmentations by their content.
 
     Returns:
-        Paths relative to the folder, each list sorted: masks, and other files. A DICOM file that cannot be read is a
-        mask, so that reading it says what is wrong.
+        Paths relative to the folder, each list sorted: masks, DICOM files that are no segmentation, and other files. A
+        DICOM file that cannot be read is a mask, so that reading it says what is wrong.
 
     Raises:
         DataError: See `list_images`.
     """
     images, others = list_images(folder)
-    masks = [name for name in others if _may_be_dicom(folder / name) and _may_be_segmentation(folder / name)]
-    return sorted([*images, *masks]), [name for name in others if name not in masks]
+    dicom = {name: _may_be_segmentation(folder / name) for name in others if _may_be_dicom(folder / name)}
+    masks = [name for name, is_mask in dicom.items() if is_mask]
+    scans = [name for name, is_mask in dicom.items() if not is_mask and not _is_directory(name)]
+    return sorted([*images, *masks]), scans, [name for name in others if name not in dicom]
 
 
 def scan_problems(images: Iterable[ImageFile], exclude: Sequence[str]) -> list[Problem]:
@@ -183,6 +185,19 @@ def crowded_folders(images: Iterable[ImageFile], exclude: Sequence[str]) -> list
 
 def _kept_scans(images: Iterable[ImageFile], exclude: Sequence[str]) -> list[tuple[ImageFile, Series]]:
     return [(image, image.scan) for image in images if image.scan and not is_excluded(image.name, exclude)]
+
+
+def other_files(names: Sequence[str]) -> list[Problem]:
+    """A warning where there are files that no one reads."""
+    if not names:
+        return []
+    what = agree(names, "file is no image", "files are no images")
+    return [Problem("warning", "not-an-image", f"{len(names)} {what}: {first_few(sorted(names), 3)}: ignored.")]
+
+
+def _is_directory(name: str) -> bool:
+    """Whether a file lists the DICOM files beside it, by its name."""
+    return posixpath.basename(name).upper() == "DICOMDIR"
 
 
 def _may_be_dicom(path: Path) -> bool:

@@ -15,6 +15,7 @@ from medtpp.data.sources import (
     crowded_folders,
     find_images,
     is_excluded,
+    other_files,
     scan_problems,
     split_of,
 )
@@ -108,12 +109,7 @@ def _class_folder(case: Case) -> str:
 
 
 def _problems(cases: tuple[Case, ...], others: list[str]) -> list[Problem]:
-    problems = []
-    if others:
-        verb = agree(others, "file is", "files are")
-        problems.append(
-            Problem("warning", "not-an-image", f"{len(others)} {verb} not images, for example {others[0]}: ignored.")
-        )
+    problems = other_files(others)
     stray = tuple(case.id for case in cases if not case.labelled)
     if 0 < len(stray) < len(cases):
         problems.append(

@@ -17,6 +17,7 @@ from medtpp.data.sources import (
     find_images,
     find_masks,
     is_excluded,
+    other_files,
     scan_problems,
     split_of,
 )
@@ -107,6 +108,7 @@ class _Found:
     alone: list[str] = field(default_factory=list)
     doubled: dict[str, list[str]] = field(default_factory=dict)
     unclear: dict[str, list[str]] = field(default_factory=dict)
+    scans: list[str] = field(default_factory=list)  # among the masks
     others: list[str] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
 
@@ -139,7 +141,7 @@ def _read_part(root: Path, part: _Part, exclude: Sequence[str], found: _Found) -
     before = folder.relative_to(root).as_posix()
     beside = part.masks[0].relative_to(root).as_posix() if part.masks else ""
     images, others = find_images(folder)
-    masks, other_masks = find_masks(part.masks[0]) if part.masks else ([], [])
+    masks, scans, other_masks = find_masks(part.masks[0]) if part.masks else ([], [], [])
     matches = match(images, masks, {i.name for i in images if is_excluded(f"{before}/{i.name}", exclude)})
     splits = {} if part.split else _inner_splits(images)
 
@@ -147,12 +149,13 @@ def _read_part(root: Path, part: _Part, exclude: Sequence[str], found: _Found) -
     found.problems += [*scan_problems(named, exclude), *crowded_folders(named, exclude)]
     found.others += [f"{before}/{name}" for name in others]
     found.others += [f"{beside}/{name}" for name in other_masks]
+    found.scans += [f"{beside}/{name}" for name in scans]
     found.alone += [f"{beside}/{name}" for name in matches.alone]
     for stem, (same, its_masks) in matches.doubled.items():
         names = (*(f"{before}/{name}" for name in same), *(f"{beside}/{name}" for name in its_masks))
         found.doubled[f"{before}/{stem}"] = list(names)
-    for mask, scans in matches.unclear.items():
-        found.unclear[f"{beside}/{mask}"] = [f"{before}/{name}" for name in scans]
+    for mask, same in matches.unclear.items():
+        found.unclear[f"{beside}/{mask}"] = [f"{before}/{name}" for name in same]
     in_doubt = {name for same, _ in matches.doubled.values() for name in same}
     return [
         Case(
@@ -184,10 +187,12 @@ def _nothing_paired(root: Path, cases: Sequence[Case], found: _Found) -> str:
         )
     images = first_few((case.id for case in cases), 3) or "none"
     masks = first_few(found.alone, 3) or "none"
+    others = f" {_no_segmentations(found.scans)}" if found.scans else ""
     doubled = f" Names there twice: {first_few(found.doubled, 3)}." if found.doubled else ""
     return (
-        f"{root}: no image has a mask of the same name. Images: {images}. Masks: {masks}.{doubled} Name each mask as "
-        "its image, with or without an ending such as _mask, _seg or _gt, or write a manifest.csv with image and mask."
+        f"{root}: no image has a mask of the same name. Images: {images}. Masks: {masks}.{doubled}{others} Name each "
+        "mask as its image, with or without an ending such as _mask, _seg or _gt, or write a manifest.csv with image "
+        "and mask."
     )
 
 
@@ -201,6 +206,11 @@ def _unclear(found: _Found) -> str:
         f"{what} scans: {which}. Leave out the scans that are not meant, such as {exclude_option(scans[1:])}, or call "
         f"the mask after one, such as {own}."
     )
+
+
+def _no_segmentations(scans: Sequence[str]) -> str:
+    what = f"{count(scans, 'file')} among the masks {agree(scans, 'is', 'are')} DICOM, but no segmentation (SEG)"
+    return f"{what}: {first_few(sorted(scans), 3)}: ignored. Save masks as SEG, NIfTI or PNG."
 
 
 def _problems(cases: Sequence[Case], found: _Found) -> list[Problem]:
@@ -222,8 +232,6 @@ def _problems(cases: Sequence[Case], found: _Found) -> list[Problem]:
         what = f"{count(found.alone, 'mask')} {agree(found.alone, 'has', 'have')}"
         text = f"{what} no image of the same name: {first_few(sorted(found.alone))}: ignored."
         problems.append(Problem("warning", "mask-without-image", text))
-    if found.others:
-        verb = agree(found.others, "file is", "files are")
-        text = f"{len(found.others)} {verb} not images, for example {min(found.others)}: ignored."
-        problems.append(Problem("warning", "not-an-image", text))
-    return problems
+    if found.scans:
+        problems.append(Problem("warning", "mask-no-segmentation", _no_segmentations(found.scans)))
+    return problems + other_files(found.others)
