@@ -64,13 +64,17 @@ def test_notes_among_slices_are_no_slices(tmp_path):
 
 
 def test_a_series_without_pixel_spacing_is_no_screenshot(tmp_path):
-    images = series(9)
-    for image in images:
+    images, alone = series(9), series(8, depth=1)
+    for image in [*images, *alone]:
         del image.PixelSpacing
     save(classes(tmp_path) / "a" / "bad", images, NAMES)
-    said = cli("check", tmp_path).text
-    assert "a/bad/IM000: is a slice (CT) that tells no pixel spacing: it is read as a single image" in said
+    save(tmp_path / "b", alone, ["alone"])
+    said = refused("check", tmp_path)
+    assert "a/bad: its 6 slices tell no pixel spacing, and make no volume. Export it again" in said
+    assert "cannot be used" not in said
+    assert "b/alone: is a slice (CT) that tells no pixel spacing, and is read as a single image." in said
     assert "screenshot" not in said
+    assert """leave the fewer out: --set 'data.exclude=["b/alone"]'""" in said
     assert not [secret for secret in SECRETS if secret in said]
 
 

@@ -22,7 +22,7 @@ MOST_LISTED = 5  # cases whose fault is told in full
 ODD_SPACING = 3.0  # times the median, or a third of it: a header in another unit, or slices of another protocol
 
 # Sources that look into headers tell why these files cannot be read.
-_TOLD = {"unreadable-dicom", "film", "missing-mask", "no-series", "several-series"}
+_TOLD = {"unreadable-dicom", "film", "no-pixel-spacing", "missing-mask", "no-series", "several-series"}
 
 Spread: TypeAlias = tuple[float, float, float]  # smallest, median, largest
 K = TypeVar("K", int, str)
@@ -146,8 +146,9 @@ def _together(scans: Mapping[Case, VolumeScan]) -> list[Problem]:
     if "HU" in units and len(units) > 1:
         others = [case for unit, ids in units.items() if unit != "HU" for case in ids]
         text = (
-            f"{_some(units['HU'])} are in Hounsfield units, {_some(others)} are not. If all are CT, use "
-            "--set data.modality=ct; otherwise make a data set of each."
+            f"{_some(units['HU'])} {agree(units['HU'], 'is', 'are')} in Hounsfield units, {_some(others)} "
+            f"{agree(others, 'is', 'are')} not. If all are CT, use --set data.modality=ct; otherwise make a data set "
+            "of each."
         )
         problems.append(error("different-units", text, others))
     return problems

@@ -58,7 +58,11 @@ def read_dicom_series(paths: Sequence[Path]) -> Volume:
             headers.append(_image_header(path))
         except DataError as error:
             broken.append(f"{path.name} {error.message}")
-    broken += [f"{header.path.name} tells no position or pixel spacing." for header in headers if not header.planes]
+    broken += [
+        f"{header.path.name} tells no {'pixel spacing' if header.unscaled else 'position'}."
+        for header in headers
+        if not header.planes
+    ]
     broken += [f"{header.path.name} holds {header.frames} frames." for header in headers if header.frames > 1]
     if broken:
         raise DataError(f"{len(broken)} of {len(paths)} files cannot be stacked:", shortened(broken))

@@ -77,6 +77,7 @@ def find_series(folder: Path) -> list[Series]:
     images, others = list_images(folder)
     found: list[Series] = []
     slices: dict[str, list[Header]] = defaultdict(list)
+    unscaled: dict[str, list[Header]] = defaultdict(list)
     torn: list[Path] = []
     places: set[Path] = set()
     for path in (folder / name for name in sorted([*images, *others])):
@@ -93,8 +94,11 @@ def find_series(folder: Path) -> list[Series]:
         places.add(path.parent)
         if header.planes and header.frames == 1 and header.modality not in PROJECTIONS:
             slices[header.series].append(header)
+        elif header.unscaled and header.frames == 1:
+            unscaled[header.series].append(header)
         else:
             found.append(_single(header))
+    found += [_unscaled(headers) for headers in unscaled.values()]
     found += [_torn(path) for path in torn if path.parent in places]
     found += [_stack(stack) for headers in slices.values() for stack in _stacks(headers)]
     return sorted(found, key=lambda series: series.image)
@@ -138,6 +142,24 @@ def _torn(path: Path) -> Series:
     return Series((path,), False, "unknown", (), problems=(Problem("error", "unreadable-dicom", text),))
 
 
+def _unscaled(headers: Sequence[Header]) -> Series:
+    """Slices of a series that tell where they lie and no pixel spacing; one alone can be read as an image."""
+    first = headers[0]
+    if len(headers) == 1:
+        text = f"is a slice ({first.modality}) that tells no pixel spacing, and is read as a single image."
+        problem = Problem("warning", "no-pixel-spacing", f"{text} {EXPORT_SPACING}")
+        return Series((first.path,), False, first.modality, first.size, first.patient, (problem,))
+    text = f"its {len(headers)} slices tell no pixel spacing, and make no volume. {EXPORT_SPACING}"
+    return Series(
+        tuple(header.path for header in headers),
+        True,
+        first.modality,
+        (len(headers), *first.size),
+        first.patient,
+        (Problem("error", "no-pixel-spacing", text),),
+    )
+
+
 def _single(header: Header) -> Series:
     """A file on its own."""
     problems: Sequence[Problem] = ()
@@ -147,12 +169,6 @@ def _single(header: Header) -> Series:
         problems = (
             stack_problems(in_order(header.planes)) if header.planes else (Problem("error", "film", no_volume(header)),)
         )
-    elif header.unscaled:
-        text = (
-            f"is a slice ({header.modality}) that tells no pixel spacing: it is read as a single image, not stacked "
-            f"with others. {EXPORT_SPACING}"
-        )
-        problems = (Problem("warning", "no-pixel-spacing", text),)
     elif header.modality in ("CT", "MR", "PT"):
         text = (
             f"is a {header.modality} image without a position, such as a screenshot or a table. "
