@@ -1,5 +1,6 @@
 """What `check` says of volumes and masks, by what reading them told."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -105,6 +106,20 @@ def test_spacings():
     assert problems["thick-slices"].cases == ("slab",)
     blind = {name: scan(name, known=False) for name in "ab"}
     assert found(blind) == {}
+
+
+def test_masks_that_several_images_have():
+    dataset, scans = make(some())
+    cases = (*dataset.cases[:2], *(replace(case, mask=dataset.cases[0].mask) for case in dataset.cases[2:]))
+    (problem,) = check(replace(dataset, cases=cases), scans)
+    assert (problem.severity, problem.code, problem.cases) == ("warning", "shared-mask", ("s0", "s2", "s3"))
+    assert "1 mask belongs to several images: m/s0 (s0, s2, s3)." in problem.message
+
+
+def test_images_that_show_nothing():
+    problem = found(some(flat={"constant": True}))["constant-image"]
+    assert (problem.severity, problem.cases) == ("warning", ("flat",))
+    assert """or leave it out: --set 'data.exclude=["flat"]'.""" in problem.message
 
 
 def test_copies_whose_masks_differ():

@@ -82,7 +82,8 @@ def _add_volumes(table: Table, volumes: VolumeSummary) -> None:
     if volumes.masks:
         table.add_row("masks", str(volumes.masks))
         shown = ", ".join(f"{name} in {count}" for name, count in volumes.structures.items())
-        table.add_row("structures", f"{shown} masks" if shown else "none")
+        total = f"{volumes.masks} mask{'s' * (volumes.masks != 1)}"
+        table.add_row("structures", f"{shown} of {total}" if shown else "none")
 
 
 def _add_axes(table: Table, name: str, axes: tuple[Spread, ...], unit: str) -> None:

@@ -99,6 +99,8 @@ def volume_problems(dataset: Dataset, records: Mapping[str, Record]) -> list[Pro
         *_together(scans),
         *_masks(dataset, scans),
         *_turned(scans),
+        *_shared_masks(dataset),
+        *_constant(scans),
         *_spacings({case: scan for case, scan in scans.items() if len(scan.shape) == dims}),
     ]
 
@@ -224,6 +226,33 @@ def _turned(scans: Mapping[Case, VolumeScan]) -> list[Problem]:
         f"an orientation, or leave them out: {exclude_option(turned)}."
     )
     return [warning("turned-image", text, turned)]
+
+
+def _shared_masks(dataset: Dataset) -> list[Problem]:
+    """Masks that several images have, as a slip in a table gives them."""
+    cases = _grouped((case.id, _within(dataset.root, case.mask)) for case in dataset.cases if case.mask)
+    shared = {mask: ids for mask, ids in cases.items() if len(ids) > 1}
+    if not shared:
+        return []
+    text = (
+        f"{count(shared, 'mask')} {agree(shared, 'belongs', 'belong')} to several images: "
+        f"{first_few((f'{mask} ({first_few(ids, 3)})' for mask, ids in shared.items()), 3)}. That is right for several "
+        "images of one view, such as the sequences of an examination; otherwise correct which mask is whose."
+    )
+    return [warning("shared-mask", text, [case for ids in shared.values() for case in ids])]
+
+
+def _constant(scans: Mapping[Case, VolumeScan]) -> list[Problem]:
+    """Images that show nothing, as a failed export gives them."""
+    constant = [case.id for case, scan in scans.items() if scan.constant]
+    if not constant:
+        return []
+    text = (
+        f"{count(constant, 'image')} with the same value everywhere, or in all of a channel: {first_few(constant)}. "
+        f"There is nothing to see: export {agree(constant, 'it', 'them')} again, or leave "
+        f"{agree(constant, 'it', 'them')} out: {exclude_option(constant)}."
+    )
+    return [warning("constant-image", text, constant)]
 
 
 def _spacings(scans: Mapping[Case, VolumeScan]) -> list[Problem]:

@@ -37,7 +37,7 @@ SAMPLES = 10_000  # voxels per case that percentiles over the data set are made 
 WORKERS = 4  # volumes in memory at a time; SimpleITK itself uses all cores
 MOST_VALUES = 64  # in a mask; more are grey levels
 FIRST_QUARTER_TURN = 5  # of EXIF's orientations: from here on rows and columns are swapped
-VERSION = 2  # of what is kept; changes with the arithmetic
+VERSION = 3  # of what is kept; changes with the arithmetic
 
 Units = Literal["HU", "levels", "none"]
 
@@ -73,6 +73,7 @@ class VolumeScan:
         known: Whether the file tells its spacing.
         units: Of the values; of CT in other files than DICOM by the data set's modality.
         channels: How many.
+        constant: Whether all voxels of a channel are the same.
         content: Shape of the box of what is brighter than air.
         values: The values in the mask, 0 included; None without a mask.
         mask_fingerprint: Of the mask as it was read, 32 hexadecimal digits; empty without one.
@@ -91,6 +92,7 @@ class VolumeScan:
     known: bool = False
     units: Units = "none"
     channels: int = 0
+    constant: bool = False
     content: tuple[int, ...] = ()
     values: tuple[int, ...] | None = None
     mask_fingerprint: str = ""
@@ -245,6 +247,7 @@ def _examine(case: Case, structures: Sequence[Structure] | None, modality: Modal
         known=geometry.known,
         units=units,
         channels=len(volume.array),
+        constant=any(channel.min() == channel.max() for channel in volume.array),
         content=tuple(box[axis][1] - box[axis][0] for axis in order),
         values=values,
         mask_fingerprint=mask_fingerprint,
