@@ -217,8 +217,20 @@ def test_what_is_odd_is_a_warning(tmp_path):
     assert "1 spacing more than 3 times from the median (1 x 1 x 1 mm)" in text
     assert "2 of 6 masks are empty: masks/2.nii.gz, masks/3.nii.gz" in text
     assert "7 (in masks/3.nii.gz)" in text
+    assert "1 image with the same value everywhere" in text
     assert "No mask shows cyst (3)" in text
-    assert text.endswith("0 errors, 4 warnings.")
+    assert text.endswith("0 errors, 5 warnings.")
+
+
+def test_what_shows_nothing_and_masks_of_several_images(tmp_path):
+    volumes(tmp_path)
+    nifti(tmp_path / "images" / "1.nii.gz", np.full(SHAPE, 7, np.float32))
+    rows = (f"images/{number}.nii.gz,masks/{number % 3}.nii.gz\n" for number in range(4))
+    (tmp_path / "manifest.csv").write_text("image,mask\n" + "".join(rows))
+    for _ in range(2):  # also by what was kept of reading
+        said = done("check", tmp_path).text
+        assert "1 image with the same value everywhere, or in all of a channel: images/1.nii.gz." in said
+        assert "1 mask belongs to several images: masks/0.nii.gz (images/0.nii.gz, images/3.nii.gz)." in said
 
 
 def test_the_summary_of_volumes(tmp_path):
@@ -227,7 +239,7 @@ def test_the_summary_of_volumes(tmp_path):
     assert "cases 4 " in result.text
     assert "voxels 10 x 8 x 6 (D, H, W)" in result.text
     assert "spacing 3.1 x 0.7 x 0.5 mm (D, H, W)" in result.text
-    assert "masks 4 structures 1 in 2, 2 in 2 masks" in result.text
+    assert "masks 4 structures 1 in 2, 2 in 2 of 4 masks" in result.text
     assert "Slices are more than 3 times as far apart as pixels in 4 of 4 cases" in result.text
 
 
@@ -238,7 +250,7 @@ def test_the_summary_of_images_with_masks_in_splits(tmp_path):
     text = done("check", tmp_path).text
     assert "cases 6 (1 without mask)" in text
     assert "width 24 to 30, median 24 px height 16 to 20, median 16 px" in text
-    assert "masks 5 structures foreground in 5 masks" in text
+    assert "masks 5 structures foreground in 5 of 5 masks" in text
     assert "train 3 masks test 2 masks" in text
 
 
@@ -249,7 +261,7 @@ def test_labels_and_masks_are_checked_for_both_tasks(tmp_path):
     (tmp_path / "manifest.csv").write_text("\n".join(["image,mask,label", *lines]))
     said = refused("check", tmp_path)
     assert "classes a 12, b 11, c 1" in said
-    assert "structures foreground in 23 masks" in said
+    assert "structures foreground in 23 of 23 masks" in said
     assert said.count("masks/5.png: is not a PNG") == 1
     assert "warning: For classification: Classes with fewer than 10 cases: c (1)" in said
     one = done("check", tmp_path, "--set", "task=classification").text

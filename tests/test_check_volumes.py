@@ -1,5 +1,6 @@
 """What `check` says of volumes and masks, by what reading them told."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +59,7 @@ def test_what_does_not_go_together():
     mixed = found(some(flat={"shape": (9, 8), "spacing": (1.0, 1.0)}))["images-and-volumes"]
     assert mixed.cases == ("flat",)
     assert "1 image and 4 volumes are mixed" in mixed.message
+    assert """leave the fewer out: --set 'data.exclude=["flat"]'.""" in mixed.message
     double = found(some(double={"channels": 2}))["different-channels"]
     assert (double.severity, double.cases) == ("error", ("double",))
     assert "1 (4 cases such as s0); 2 (double)" in double.message
@@ -117,6 +119,20 @@ def test_spacings():
     assert problems["thick-slices"].cases == ("slab",)
     blind = {name: scan(name, known=False) for name in "ab"}
     assert found(blind) == {}
+
+
+def test_masks_that_several_images_have():
+    dataset, scans = make(some())
+    cases = (*dataset.cases[:2], *(replace(case, mask=dataset.cases[0].mask) for case in dataset.cases[2:]))
+    (problem,) = check(replace(dataset, cases=cases), scans)
+    assert (problem.severity, problem.code, problem.cases) == ("warning", "shared-mask", ("s0", "s2", "s3"))
+    assert "1 mask belongs to several images: m/s0 (s0, s2, s3)." in problem.message
+
+
+def test_images_that_show_nothing():
+    problem = found(some(flat={"constant": True}))["constant-image"]
+    assert (problem.severity, problem.cases) == ("warning", ("flat",))
+    assert """or leave it out: --set 'data.exclude=["flat"]'.""" in problem.message
 
 
 def test_copies_whose_masks_differ():

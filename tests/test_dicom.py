@@ -212,7 +212,7 @@ def test_broken_slices_are_all_named(tmp_path):
     paths[4].unlink()
     with pytest.raises(DataError) as caught:
         read(paths)
-    for line in ("a the file is empty", "c is no DICOM file", "e cannot be opened"):
+    for line in ("a is empty (0 bytes)", "c is no DICOM file", "e cannot be opened"):
         assert line in str(caught.value)
 
 

@@ -150,6 +150,9 @@ def test_multi_frame_scans(tmp_path):
     image.PerFrameFunctionalGroupsSequence[0] = group([0, 0, 3.0])
     with pytest.raises(DataError, match=r"1 slice lies where another one lies: enhanced\.dcm \(frame 1\)"):
         read_one(tmp_path / "enhanced.dcm", image)
+    del shared.PixelMeasuresSequence
+    with pytest.raises(DataError, match="holds 5 frames and tells no pixel spacing"):
+        read_one(tmp_path / "enhanced.dcm", image)
 
 
 def test_films_are_refused(tmp_path):

@@ -73,7 +73,7 @@ def test_split_folders_and_their_synonyms(tmp_path):
         "VALID/b/2.png": ("val", ("b",)),
         "testing/a/deep/3.png": ("test", ("a",)),
     }
-    assert problems(dataset)["not-an-image"].startswith("1 file is not images, for example readme.txt")
+    assert problems(dataset)["not-an-image"].startswith("1 file is no image: readme.txt")
 
 
 def test_split_folders_beside_class_folders_are_refused(tmp_path):
@@ -91,7 +91,7 @@ def test_images_alone_are_unlabelled(tmp_path):
 
 def test_stray_images_and_other_files_are_warned_of(tmp_path):
     dataset = read(touch(tmp_path, "a/1.png", "stray.png", "notes.txt", "b/x.dat"))
-    assert problems(dataset)["not-an-image"] == "2 files are not images, for example b/x.dat: ignored."
+    assert problems(dataset)["not-an-image"] == "2 files are no images: b/x.dat, notes.txt: ignored."
     assert "stray.png" in problems(dataset)["outside-class-folders"]
     assert {case.id for case in dataset.cases if not case.labelled} == {"stray.png"}
 

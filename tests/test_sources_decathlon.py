@@ -88,8 +88,16 @@ def test_all_faults_of_the_listing_are_told(tmp_path):
         "error",
         "dataset.json: 1 image is listed more than once. Keep one entry for each (imagesTr/a.nii.gz).",
     )
-    assert found["missing-file"] == ("error", "dataset.json: 1 image does not exist (imagesTr/gone.nii.gz).")
-    assert found["missing-mask"] == ("error", "dataset.json: 1 mask does not exist (labelsTr/c.nii.gz).")
+    advice = "Paths are relative to dataset.json: add the files, or take the entries out of it"
+    excluded = """Or leave the cases out: --set 'data.exclude=["imagesTr/{}.nii.gz"]'."""
+    assert found["missing-file"] == (
+        "error",
+        f"dataset.json: 1 image does not exist. {advice} (imagesTr/gone.nii.gz). {excluded.format('gone')}",
+    )
+    assert found["missing-mask"] == (
+        "error",
+        f"dataset.json: 1 mask does not exist. {advice} (labelsTr/c.nii.gz). {excluded.format('c')}",
+    )
     assert found["training-count"][0] == "warning"
     assert "says 7 training cases" in found["training-count"][1]
     assert "imagesTs/new.nii.gz" in found["unlisted-file"][1]
@@ -182,11 +190,35 @@ def test_channels_must_be_complete(tmp_path):
     names = ["imagesTr/a_0000.nii.gz", "imagesTr/a_0001.nii.gz", "imagesTr/b_0000.nii.gz", "imagesTr/c_0001.nii.gz"]
     make(tmp_path, NNUNET, *names, *(f"labelsTr/{case}.nii.gz" for case in "abc"))
     found = problems(read(tmp_path))
-    assert (
-        "2 images lack channels that others have (imagesTr/b_0000.nii.gz, imagesTr/c_0001"
-        in (found["missing-channel"][1])
-    )
-    assert found["channel-count"] == ("error", "dataset.json names 1 channels (channel_names), the files have 2.")
+    which = "imagesTr/b_0000.nii.gz has no _0001, imagesTr/c_0001.nii.gz has no _0000"
+    text = f"2 images lack channels that others have. Add the files ({which}). Or leave the cases out: --set"
+    assert text in found["missing-channel"][1]
+    assert "missing-channel" not in problems(read(tmp_path, exclude=["*/b_*", "*/c_*"]))
+    assert found["channel-count"] == ("error", "dataset.json names 1 channel (channel_names), the files have 2.")
+
+
+def test_files_that_lie_elsewhere_are_listed(tmp_path):
+    """nnU-Net 2 may list its files under `dataset`; other programs keep a name there."""
+    cases = {
+        case: {"images": [f"mri/{case}_t1.nii.gz", f"./mri/{case}_t2.nii.gz"], "label": f"seg/{case}.nii.gz"}
+        for case in "ab"
+    }
+    content = {**NNUNET, "channel_names": {"0": "T1", "1": "T2"}, "numTraining": 2, "dataset": cases}
+    names = ["mri/a_t1.nii.gz", "mri/a_t2.nii.gz", "mri/b_t1.nii.gz", "mri/b_t2.nii.gz", "seg/a.nii.gz", "seg/b.nii.gz"]
+    make(tmp_path, content, *names, "imagesTs/c_0000.nii.gz", "imagesTs/c_0001.nii.gz")
+    dataset = read(tmp_path)
+    assert dataset.problems == ()
+    assert [case.id for case in dataset.cases] == ["imagesTs/c_0000.nii.gz", "mri/a_t1.nii.gz", "mri/b_t1.nii.gz"]
+    assert dataset.cases[1].channels == (tmp_path / "mri" / "a_t2.nii.gz",)
+    assert dataset.cases[1].mask == tmp_path / "seg" / "a.nii.gz"
+    (tmp_path / "seg" / "b.nii.gz").unlink()
+    assert "(seg/b.nii.gz)" in problems(read(tmp_path))["missing-mask"][1]
+    for wrong in ({"a": {"images": [], "label": "x"}}, {"a": {"images": ["x"]}}, [1]):
+        assert "dataset: should hold images (a list of files) and label (a file)" in told(
+            tmp_path, {**content, "dataset": wrong}
+        )
+    make(tmp_path, {**NNUNET, "dataset": "prostate"}, "imagesTr/d_0000.nii.gz", "labelsTr/d.nii.gz")
+    assert "imagesTr/d_0000.nii.gz" in [case.id for case in read(tmp_path).cases]
 
 
 def test_a_colour_photograph_has_its_channels_in_one_file(tmp_path):

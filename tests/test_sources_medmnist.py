@@ -171,6 +171,10 @@ def test_all_that_is_wrong_is_told_together(tmp_path):
     assert "val_labels is missing" in text
     assert "test_labels has 2 rows" in text
 
+    content = arrays()
+    del content["train_images"]
+    assert "train_images is missing, train_labels is there" in told(write(tmp_path / "a.npz", content))
+
     content = arrays(width=3) | {"val_images": np.zeros((0, 6, 6), np.uint8), "train_labels": np.zeros((5, 3))}
     text = told(write(tmp_path / "a.npz", content))
     assert "val_images is empty" in text

@@ -12,8 +12,9 @@ from medtpp.data.case import Structure
 from medtpp.data.listing import split_suffix
 from medtpp.data.read import read_dataset
 from medtpp.data.sources import find_images
+from medtpp.data.sources._pairing import pair
 from medtpp.data.sources._structures import parse_structures
-from medtpp.data.sources.segmentation_folders import pair, without_masks
+from medtpp.data.sources.segmentation_folders import without_masks
 from medtpp.errors import DataError
 
 
@@ -116,7 +117,7 @@ def test_what_has_no_partner_is_told(tmp_path):
     assert problems(dataset) == {
         "image-without-mask": ("warning", "1 of 2 images has no mask and counts as unlabelled: images/2.png."),
         "mask-without-image": ("warning", "1 mask has no image of the same name: masks/3.png: ignored."),
-        "not-an-image": ("warning", "2 files are not images, for example images/x.csv: ignored."),
+        "not-an-image": ("warning", "2 files are no images: images/x.csv, masks/readme.txt: ignored."),
     }
 
 
@@ -128,8 +129,8 @@ def test_doubled_stems_are_an_error(tmp_path):
     severity, text = problems(dataset)["doubled-stem"]
     assert severity == "error"
     assert "2 names" in text
-    assert "images/1 (1.jpg, 1.png, 1.png)" in text
-    assert "images/2 (2.png, 2.png, 2_mask.png)" in text
+    assert "images/1 (images/1.jpg, images/1.png, masks/1.png)" in text
+    assert "images/2 (images/2.png, masks/2.png, masks/2_mask.png)" in text
 
 
 def test_nothing_paired_shows_both_sides(tmp_path):
@@ -194,7 +195,7 @@ def test_every_image_finds_its_mask(names):
 def test_pairing_loses_nothing(images, stems):
     masks = [f"{stem}.tif" for stem in stems]
     pairing = pair([(stem, stem + suffix) for stem, suffix in images], masks)
-    doubled = [name for names in pairing.doubled.values() for name in names]
+    doubled = [name for both in pairing.doubled.values() for names in both for name in names]
     told = [*pairing.masks.values(), *pairing.alone, *(name for name in doubled if name.endswith(".tif"))]
     assert sorted(told) == sorted(masks)
     assert sum(not name.endswith(".tif") for name in doubled) == sum(stem in pairing.doubled for stem, _ in images)

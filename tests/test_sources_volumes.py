@@ -88,7 +88,7 @@ def test_class_folders_of_volumes(tmp_path):
         "test/a/3.mhd": ("test", ("a",)),
         "test/b/4.nii": ("test", ("b",)),
     }
-    assert "1 file is not images, for example test/b/x.raw" in problems(dataset)["not-an-image"].message
+    assert "1 file is no image: test/b/x.raw" in problems(dataset)["not-an-image"].message
     assert list_images(tmp_path)[0] == sorted(case.id for case in dataset.cases)
 
 
@@ -102,7 +102,7 @@ def test_detached_headers_and_their_voxels(tmp_path):
     touch(tmp_path, "images/c.raw", "masks/b.mha")
     dataset = read(tmp_path)
     assert {case.id: case.mask.name for case in dataset.cases} == {"images/a.nhdr": "a.nhdr", "images/b.nhdr": "b.mha"}
-    assert "1 file is not images, for example images/c.raw" in problems(dataset)["not-an-image"].message
+    assert "1 file is no image: images/c.raw" in problems(dataset)["not-an-image"].message
     for case in dataset.cases:
         assert np.array_equal(read_volume(case).array[0], values)
     geometry = read_volume(dataset.cases[0]).geometry
@@ -139,7 +139,7 @@ def test_class_folders_of_scans(tmp_path):
     assert cases["malignant/film.dcm"].files == ()
     assert cases["benign/p1/ct"].patient == cases["malignant/p3"].patient != cases["benign/p2"].patient
     assert cases["malignant/p4.nii.gz"].patient is None
-    assert problems(dataset)["not-an-image"].message.startswith("1 file is not images, for example malignant/notes.txt")
+    assert problems(dataset)["not-an-image"].message.startswith("1 file is no image: malignant/notes.txt")
     assert SECRET not in repr(dataset)
 
 
@@ -219,8 +219,10 @@ def test_masks_that_are_dicom_segmentations(tmp_path):
     found = {case.id: case.mask for case in dataset.cases if case.mask}
     assert {name: path.relative_to(tmp_path / "masks").as_posix() for name, path in found.items()} == masks
     assert [case.id for case in dataset.cases if not case.mask] == ["images/p3"]
-    assert "1 file is not images, for example masks/p3.dcm" in problems(dataset)["not-an-image"].message
-    assert set(problems(dataset)) == {"not-an-image", "image-without-mask"}
+    told = problems(dataset)["mask-no-segmentation"]
+    assert told.severity == "warning"
+    assert "1 file among the masks is DICOM, but no segmentation (SEG): masks/p3.dcm: ignored." in told.message
+    assert set(problems(dataset)) == {"mask-no-segmentation", "image-without-mask"}
     for case in dataset.cases:
         if case.mask:
             assert np.array_equal(read_mask(case.mask, read_volume(case).geometry), labels)
@@ -245,11 +247,32 @@ def test_scans_in_a_manifest(tmp_path):
     assert cases["p1"].patient
     assert (cases["p1/IM0.dcm"].files, cases["p1/IM0.dcm"].patient) == ((), "me")
     found = problems(dataset)
-    assert "line 4: p2 (CT, 3 slices of 4 x 4; CT, 2 slices of 4 x 4)" in found["several-series"].message
+    assert "line 4: p2 (p2#1: CT, 3 slices of 4 x 4; p2#2: CT, 2 slices of 4 x 4)" in found["several-series"].message
     assert "line 5: p3" in found["no-series"].message
     assert [problem.code for problem in dataset.problems if problem.cases == ("p4",)]
     assert SECRET not in repr(dataset)
     assert read(tmp_path, exclude=["p2", "p3", "p4"]).problems == ()
+
+
+def test_series_of_one_folder_in_a_manifest(tmp_path):
+    write_series(tmp_path / "é" / "p2")
+    write_series(tmp_path / "é" / "p2", positions=(0, 3), start=5)
+    write_series(tmp_path / "p3")
+    write_series(tmp_path / "p3", positions=(0,), start=5)
+    write_series(tmp_path / "p#4")
+    write_series(tmp_path / "p5", ending="")
+    touch(tmp_path, "p5/IM5")
+    cells = ["é/p2#1", "é/p2#2", "é/p2#3", "p3", "p3#1", "p3/IM5.dcm", "p#4", "p#4#1", "p5", "p9#1"]
+    (tmp_path / "manifest.csv").write_text("image,label\n" + "".join(f"{cell},x\n" for cell in cells))
+    dataset = read(tmp_path)
+    sizes = {"é/p2#1": 3, "é/p2#2": 2, "é/p2#3": 0, "p3": 0, "p3#1": 3, "p3/IM5.dcm": 0, "p#4": 3, "p#4#1": 3, "p5": 3}
+    assert {case.id: len(case.files) for case in dataset.cases} == sizes
+    found = problems(dataset)
+    there = "(é/p2#1: CT, 3 slices of 4 x 4; é/p2#2: CT, 2 slices of 4 x 4)"
+    assert f"line 4: é/p2#3 {there}" in found["unknown-series"].message
+    assert "line 5: p3 (p3#1: CT, 3 slices of 4 x 4; p3/IM5.dcm: CT, 1 slice of" in found["several-series"].message
+    assert "line 11: p9#1" in found["missing-file"].message
+    assert found["unreadable-dicom"].message.startswith("DICOM: p5/IM5: is empty")
 
 
 def test_folders_without_dicom_are_not_searched_for_it(tmp_path, monkeypatch):

@@ -74,7 +74,7 @@ def _add_volumes(table: Table, volumes: VolumeSummary) -> None:
     if volumes.spacing:
         _add_axes(table, "spacing", volumes.spacing, " mm")
         if volumes.unknown:
-            table.add_row("", f"unknown in {volumes.unknown} cases")
+            table.add_row("", f"unknown in {volumes.unknown} case{'s' * (volumes.unknown != 1)}")
     elif len(volumes.size) == 3:
         table.add_row("spacing", "unknown")
     table.add_row("values", _alternatives({_UNITS[unit]: count for unit, count in volumes.units.items()}))
@@ -82,7 +82,8 @@ def _add_volumes(table: Table, volumes: VolumeSummary) -> None:
     if volumes.masks:
         table.add_row("masks", str(volumes.masks))
         shown = ", ".join(f"{name} in {count}" for name, count in volumes.structures.items())
-        table.add_row("structures", f"{shown} masks" if shown else "none")
+        total = f"{volumes.masks} mask{'s' * (volumes.masks != 1)}"
+        table.add_row("structures", f"{shown} of {total}" if shown else "none")
 
 
 def _add_axes(table: Table, name: str, axes: tuple[Spread, ...], unit: str) -> None:

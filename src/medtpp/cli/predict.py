@@ -95,6 +95,7 @@ def predict(
         raise OutputError(f"{output} exists. Use --overwrite, or another --out.")
     import torch
 
+    from medtpp.data.problems import count
     from medtpp.inference.cases import image_cases, relative_cases
     from medtpp.inference.ensemble import load_ensemble
     from medtpp.inference.segment import SegmentOptions
@@ -118,7 +119,7 @@ def predict(
     for name, reason in unreadable.items():
         errors.print(f"not read: {name}: {reason}", markup=False, soft_wrap=True)
     if unreadable:
-        errors.print(f"{len(unreadable)} of {len(cases)} files could not be read.", style="bold red")
+        errors.print(f"{len(unreadable)} of {count(cases, 'file')} could not be read.", style="bold red")
         raise typer.Exit(1)
 
 

@@ -31,6 +31,7 @@ def pretrain(
     with decoding() as progress:
         result, unreadable = pretrain_backbone(job, out, resume=resume, overwrite=overwrite, progress=progress)
     if unreadable:
-        errors.print(f"{unreadable} images could not be read and were left out; see `medtpp check`.")
+        what = "image could not be read and was" if unreadable == 1 else "images could not be read and were"
+        errors.print(f"{unreadable} {what} left out; see `medtpp check`.")
     show_stage("pretrain", result)
     show_paths(backbone=out, use=f"medtpp run DATA --out FOLDER --set backbone.name={out}")

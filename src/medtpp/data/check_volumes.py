@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medtpp.data.case import SPLITS, Case, Dataset, Problem, Record
-from medtpp.data.problems import agree, count, error, exclude_option, first_few, warning
+from medtpp.data.problems import agree, count, error, exclude_option, first_few, listed, warning
 from medtpp.data.restore import ANISOTROPY
 from medtpp.data.volume_scan import MOST_VALUES, VolumeScan
 
@@ -22,7 +22,7 @@ MOST_LISTED = 5  # cases whose fault is told in full
 ODD_SPACING = 3.0  # times the median, or a third of it: a header in another unit, or slices of another protocol
 
 # Sources that look into headers tell why these files cannot be read.
-_TOLD = {"unreadable-dicom", "film", "missing-mask", "no-series", "several-series"}
+_TOLD = {"unreadable-dicom", "film", "no-pixel-spacing", "missing-mask", "no-series", "several-series"}
 
 Spread: TypeAlias = tuple[float, float, float]  # smallest, median, largest
 K = TypeVar("K", int, str)
@@ -99,6 +99,8 @@ def volume_problems(dataset: Dataset, records: Mapping[str, Record]) -> list[Pro
         *_together(scans),
         *_masks(dataset, scans),
         *_turned(scans),
+        *_shared_masks(dataset),
+        *_constant(scans),
         *_spacings({case: scan for case, scan in scans.items() if len(scan.shape) == dims}),
     ]
 
@@ -115,11 +117,9 @@ def _unusable(dataset: Dataset, records: Mapping[str, Record]) -> list[Problem]:
             reasons[case.id] = reason.removeprefix(f"{dataset.root}{os.sep}").replace("\n", "\n  ")
     if not reasons:
         return []
-    lines = [f"- {reason}" for reason in reasons.values()][:MOST_LISTED]
-    if len(reasons) > MOST_LISTED:
-        lines.append(f"- and {len(reasons) - MOST_LISTED} more")
+    lines = listed(reasons.values(), MOST_LISTED)
     advice = f"Mend them, or leave them out: {exclude_option(list(reasons))}"
-    text = "\n".join([f"{count(reasons, 'case')} cannot be used:", *lines, advice])
+    text = f"{count(reasons, 'case')} cannot be used:\n{lines}\n{advice}"
     return [error("unreadable-case", text, reasons)]
 
 
@@ -135,7 +135,8 @@ def _together(scans: Mapping[Case, VolumeScan]) -> list[Problem]:
         images, volumes = dims.get(2, []), dims.get(3, [])
         text = (
             f"{count(images, 'image')} and {count(volumes, 'volume')} are mixed: {first_few(images, 3)}; "
-            f"{first_few(volumes, 3)}. Make a data set of each."
+            f"{first_few(volumes, 3)}. Make a data set of each, or leave the fewer out: "
+            f"{exclude_option(_minority(dims))}."
         )
         problems.append(error("images-and-volumes", text, _minority(dims)))
     units = _grouped((case.id, scan.units) for case, scan in scans.items())
@@ -147,8 +148,9 @@ def _together(scans: Mapping[Case, VolumeScan]) -> list[Problem]:
     if "HU" in units and len(units) > 1:
         others = [case for unit, ids in units.items() if unit != "HU" for case in ids]
         text = (
-            f"{_some(units['HU'])} are in Hounsfield units, {_some(others)} are not. If all are CT, use "
-            "--set data.modality=ct; otherwise make a data set of each."
+            f"{_some(units['HU'])} {agree(units['HU'], 'is', 'are')} in Hounsfield units, {_some(others)} "
+            f"{agree(others, 'is', 'are')} not. If all are CT, use --set data.modality=ct; otherwise make a data set "
+            "of each."
         )
         problems.append(error("different-units", text, others))
     return problems
@@ -245,6 +247,33 @@ def _turned(scans: Mapping[Case, VolumeScan]) -> list[Problem]:
         f"an orientation, or leave them out: {exclude_option(turned)}."
     )
     return [warning("turned-image", text, turned)]
+
+
+def _shared_masks(dataset: Dataset) -> list[Problem]:
+    """Masks that several images have, as a slip in a table gives them."""
+    cases = _grouped((case.id, _within(dataset.root, case.mask)) for case in dataset.cases if case.mask)
+    shared = {mask: ids for mask, ids in cases.items() if len(ids) > 1}
+    if not shared:
+        return []
+    text = (
+        f"{count(shared, 'mask')} {agree(shared, 'belongs', 'belong')} to several images: "
+        f"{first_few((f'{mask} ({first_few(ids, 3)})' for mask, ids in shared.items()), 3)}. That is right for several "
+        "images of one view, such as the sequences of an examination; otherwise correct which mask is whose."
+    )
+    return [warning("shared-mask", text, [case for ids in shared.values() for case in ids])]
+
+
+def _constant(scans: Mapping[Case, VolumeScan]) -> list[Problem]:
+    """Images that show nothing, as a failed export gives them."""
+    constant = [case.id for case, scan in scans.items() if scan.constant]
+    if not constant:
+        return []
+    text = (
+        f"{count(constant, 'image')} with the same value everywhere, or in all of a channel: {first_few(constant)}. "
+        f"There is nothing to see: export {agree(constant, 'it', 'them')} again, or leave "
+        f"{agree(constant, 'it', 'them')} out: {exclude_option(constant)}."
+    )
+    return [warning("constant-image", text, constant)]
 
 
 def _spacings(scans: Mapping[Case, VolumeScan]) -> list[Problem]:

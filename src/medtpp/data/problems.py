@@ -37,6 +37,13 @@ def first_few(items: Iterable[object], limit: int = 5) -> str:
     return f"{text} and {left} more" if left else text
 
 
+def listed(items: Iterable[object], limit: int) -> str:
+    """The first items and the number of the rest, each on a line of its own."""
+    rest = [str(item) for item in items]
+    lines = rest[:limit] + ([f"and {len(rest) - limit} more"] if len(rest) > limit else [])
+    return "\n".join(f"- {line}" for line in lines)
+
+
 def exclude_option(ids: Sequence[str]) -> str:
     """The option that leaves some cases out; where they are many, its form with the first."""
     shown = json.dumps(list(ids) if len(ids) <= 10 else [*ids[:2], "..."], ensure_ascii=False)

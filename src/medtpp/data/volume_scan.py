@@ -73,6 +73,7 @@ class VolumeScan:
         known: Whether the file tells its spacing.
         units: Of the values; of CT in other files than DICOM by the data set's modality.
         channels: How many.
+        constant: Whether all voxels of a channel are the same.
         content: Shape of the box of what is brighter than air.
         values: The values in the mask, 0 and negative ones included; None without a mask.
         mask_fingerprint: Of the mask as it was read, 32 hexadecimal digits; empty without one.
@@ -91,6 +92,7 @@ class VolumeScan:
     known: bool = False
     units: Units = "none"
     channels: int = 0
+    constant: bool = False
     content: tuple[int, ...] = ()
     values: tuple[int, ...] | None = None
     mask_fingerprint: str = ""
@@ -246,6 +248,7 @@ def _examine(case: Case, structures: Sequence[Structure] | None, modality: Modal
         known=geometry.known,
         units=units,
         channels=len(volume.array),
+        constant=any(channel.min() == channel.max() for channel in volume.array),
         content=tuple(box[axis][1] - box[axis][0] for axis in order),
         values=values,
         mask_fingerprint=mask_fingerprint,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar, Protocol
 from medtpp.config import DataOptions
 from medtpp.data.case import Case, Dataset, Problem
 from medtpp.data.listing import DICOM_SUFFIXES, list_images, spelled, stem_of
-from medtpp.data.problems import agree, count, first_few
+from medtpp.data.problems import agree, count, first_few, listed
 from medtpp.errors import DataError
 
 if TYPE_CHECKING:
@@ -70,12 +70,14 @@ class ImageFile:
         image: For `Case.image`.
         files: For `Case.files`.
         scan: What the headers say, of DICOM.
+        place: Of one of several stacks in a folder, the folder: its name without the number.
     """
 
     name: str
     image: Path
     files: tuple[Path, ...] = ()
     scan: Series | None = None
+    place: str = ""
 
     @property
     def stem(self) -> str:
@@ -105,48 +107,97 @@ def find_images(folder: Path) -> tuple[list[ImageFile], list[str]]:
         scans = find_series(folder)
         images += _named(folder, scans)
         slices = {file.relative_to(folder).as_posix() for scan in scans for file in scan.files}
-        others = [name for name in others if name not in slices and posixpath.basename(name).upper() != "DICOMDIR"]
+        others = [name for name in others if name not in slices and not _is_directory(name)]
     return sorted(images, key=lambda image: image.name), others
 
 
-def find_masks(folder: Path) -> tuple[list[str], list[str]]:
+def find_scans(folder: Path, name: str) -> dict[str, ImageFile]:
+    """The DICOM scans in a folder that a manifest names.
+
+    Args:
+        folder: Where it is.
+        name: What the manifest calls it.
+
+    Returns:
+        By the names that the manifest may call them: of a scan that is alone, that of the folder; of several stacks in
+        a folder, its name with "#1", "#2"; of files on their own, their paths.
+
+    Raises:
+        DataError: The folder cannot be opened.
+    """
+    from medtpp.data.volumes import find_series  # brings pydicom
+
+    found = _named(folder.parent, find_series(folder))
+    if len(found) == 1:
+        return dict.fromkeys((name, f"{name}#1"), found[0])
+    named = {name + scan.name.removeprefix(folder.name): scan for scan in found}
+    # Where others lie deeper, or are files on their own, the folder's name alone could mean them as well.
+    return {f"{name}#1" if called == name else called: scan for called, scan in named.items()}
+
+
+def find_masks(folder: Path) -> tuple[list[str], list[str], list[str]]:
     """All masks under a folder: images by suffix as `list_images` does, and DICOM segmentations by their content.
 
     Returns:
-        Paths relative to the folder, each list sorted: masks, and other files. A DICOM file that cannot be read is a
-        mask, so that reading it says what is wrong.
+        Paths relative to the folder, each list sorted: masks, DICOM files that are no segmentation, and other files. A
+        DICOM file that cannot be read is a mask, so that reading it says what is wrong.
 
     Raises:
         DataError: See `list_images`.
     """
     images, others = list_images(folder)
-    masks = [name for name in others if _may_be_dicom(folder / name) and _may_be_segmentation(folder / name)]
-    return sorted([*images, *masks]), [name for name in others if name not in masks]
+    dicom = {name: _may_be_segmentation(folder / name) for name in others if _may_be_dicom(folder / name)}
+    masks = [name for name, is_mask in dicom.items() if is_mask]
+    scans = [name for name, is_mask in dicom.items() if not is_mask and not _is_directory(name)]
+    return sorted([*images, *masks]), scans, [name for name in others if name not in dicom]
 
 
 def scan_problems(images: Iterable[ImageFile], exclude: Sequence[str]) -> list[Problem]:
     """What the headers of DICOM scans showed, of cases that are not left out: a problem for each kind of finding."""
-    scans = [(image, image.scan) for image in images if image.scan and not is_excluded(image.name, exclude)]
     found: dict[tuple[str, str], list[tuple[str, Problem]]] = defaultdict(list)
-    folders: dict[Path, list[tuple[ImageFile, Series]]] = defaultdict(list)
-    for image, scan in scans:
-        folders[scan.image.parent].append((image, scan))
+    for image, scan in _kept_scans(images, exclude):
         for problem in scan.problems:
             found[problem.severity, problem.code].append((image.name, problem))
     problems = []
     for (_, code), its in found.items():
-        text = f"DICOM: {first_few((f'{name}: {problem.message}' for name, problem in its), 3)}"
+        told = [f"{name}: {problem.message}" for name, problem in its]
+        text = f"DICOM: {told[0]}" if len(told) == 1 else f"DICOM, {count(told, 'finding')}:\n{listed(told, 3)}"
         problems.append(Problem(its[0][1].severity, code, text, tuple(dict.fromkeys(name for name, _ in its))))
-    crowded = [inside for inside in folders.values() if len(inside) > 1 and any(scan.stacked for _, scan in inside)]
-    if crowded:
-        listed = (" and ".join(f"{image.name} ({scan.summary()})" for image, scan in inside) for inside in crowded)
-        text = (
-            f"{count(crowded, 'folder')} {agree(crowded, 'holds', 'hold')} several DICOM series: "
-            f"{first_few(listed, 3)}. Each is a case; leave out those that are not meant with data.exclude."
-        )
-        names = tuple(image.name for inside in crowded for image, _ in inside)
-        problems.append(Problem("warning", "several-series", text, names))
     return problems
+
+
+def crowded_folders(images: Iterable[ImageFile], exclude: Sequence[str]) -> list[Problem]:
+    """A warning where folders hold several scans that nobody chose from, of cases that are not left out."""
+    folders: dict[Path, list[tuple[ImageFile, Series]]] = defaultdict(list)
+    for image, scan in _kept_scans(images, exclude):
+        if scan.size:  # files that cannot be read are told of as such
+            folders[scan.image.parent].append((image, scan))
+    crowded = [inside for inside in folders.values() if len(inside) > 1 and any(scan.stacked for _, scan in inside)]
+    if not crowded:
+        return []
+    series = (" and ".join(f"{image.name} ({scan.summary()})" for image, scan in inside) for inside in crowded)
+    text = (
+        f"{count(crowded, 'folder')} {agree(crowded, 'holds', 'hold')} several DICOM series: {first_few(series, 3)}. "
+        "Each is a case; leave out those that are not meant with data.exclude."
+    )
+    return [Problem("warning", "several-series", text, tuple(image.name for inside in crowded for image, _ in inside))]
+
+
+def _kept_scans(images: Iterable[ImageFile], exclude: Sequence[str]) -> list[tuple[ImageFile, Series]]:
+    return [(image, image.scan) for image in images if image.scan and not is_excluded(image.name, exclude)]
+
+
+def other_files(names: Sequence[str]) -> list[Problem]:
+    """A warning where there are files that no one reads."""
+    if not names:
+        return []
+    what = agree(names, "file is no image", "files are no images")
+    return [Problem("warning", "not-an-image", f"{len(names)} {what}: {first_few(sorted(names), 3)}: ignored.")]
+
+
+def _is_directory(name: str) -> bool:
+    """Whether a file lists the DICOM files beside it, by its name."""
+    return posixpath.basename(name).upper() == "DICOMDIR"
 
 
 def _may_be_dicom(path: Path) -> bool:
@@ -181,5 +232,6 @@ def _named(folder: Path, scans: Sequence[Series]) -> list[ImageFile]:
     for name, scan in named:
         seen[name] += 1
         numbered = f"{name}#{seen[name]}" if total[name] > 1 else name
-        images.append(ImageFile(numbered, scan.image, scan.files if scan.stacked else (), scan))
+        place = name if total[name] > 1 else ""
+        images.append(ImageFile(numbered, scan.image, scan.files if scan.stacked else (), scan, place))
     return images

@@ -17,23 +17,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from pydantic import BaseModel, StrictInt, StrictStr, ValidationError
+from pydantic import BaseModel, Field, StrictInt, StrictStr, ValidationError
 
 from medtpp.config import SOURCES, DataOptions
 from medtpp.data.case import Case, Dataset, Problem, Structure
 from medtpp.data.listing import IMAGE_SUFFIXES, PLANE_SUFFIXES, list_images, spelled, split_suffix
-from medtpp.data.problems import agree, count, first_few
+from medtpp.data.problems import agree, count, exclude_option, first_few
 from medtpp.data.sources import is_excluded
 from medtpp.data.sources._structures import named_structures, parse_structures
 from medtpp.errors import DataError
 
 _FOLDERS = ("imagesTr", "labelsTr", "imagesTs", "labelsTs")
+_RELATIVE = "Paths are relative to dataset.json: add the files, or take the entries out of it"
 # What is said of one, of several, and of both.
 _ADVICE = {
-    "missing-file": ("image does", "images do", "not exist"),
-    "missing-mask": ("mask does", "masks do", "not exist"),
+    "missing-file": ("image does", "images do", f"not exist. {_RELATIVE}"),
+    "missing-mask": ("mask does", "masks do", f"not exist. {_RELATIVE}"),
     "doubled-image": ("image is", "images are", "listed more than once. Keep one entry for each"),
-    "missing-channel": ("image lacks", "images lack", "channels that others have"),
+    "missing-channel": ("image lacks", "images lack", "channels that others have. Add the files"),
 }
 
 
@@ -67,7 +68,7 @@ class Decathlon:
         content = _read_json(file)
         structures = named_structures(options.structures) or _structures(file, content)
         present = _files(root)
-        entries = _by_name(file, content.file_ending, present) if content.file_ending else _listed(content, present)
+        entries = _entries(file, content, present)
         faults: dict[str, list[tuple[str, str]]] = defaultdict(list)
         cases = _cases(root, entries, options.exclude, faults)
         problems = [_fault_problem(code, faults[code]) for code in _ADVICE if faults[code]]
@@ -86,12 +87,18 @@ class _Pair(BaseModel):
     label: str
 
 
+class _Files(BaseModel):
+    images: list[str] = Field(min_length=1)
+    label: str
+
+
 class _Content(BaseModel):
     """What is read of dataset.json; its other fields are for other programs."""
 
     labels: dict[str, StrictInt | StrictStr | list[StrictInt]]
     training: list[_Pair] = []
     test: list[str] = []
+    dataset: dict[str, _Files] | str = {}  # of nnU-Net 2 where files lie elsewhere; other programs keep a name here
     file_ending: str | None = None
     channel_names: dict[str, Any] = {}
     numTraining: int | None = None  # noqa: N815  (the field's own name)
@@ -155,6 +162,8 @@ def _mistake(error: Any) -> str:
     place = error["loc"]
     if place[:1] == ("labels",) and len(place) > 1:  # of a union pydantic says what each of its members wants
         return f"labels.{place[1]}: should be a name, a whole number or a list of whole numbers"
+    if place[:1] == ("dataset",):  # likewise
+        return "dataset: should hold images (a list of files) and label (a file) for each case"
     where = ".".join(map(str, place)) or "the file"
     wants = "should be a JSON object" if not place else error["msg"][0].lower() + error["msg"][1:]
     return f"{where}: {'is missing' if error['type'] == 'missing' else wants}"
@@ -178,6 +187,27 @@ def _files(root: Path) -> list[str]:
 def _by_spelling(present: Iterable[str]) -> dict[str, str]:
     """Files by how their names are `spelled`, sorted: dataset.json and files may come from several systems."""
     return dict(sorted((spelled(name), name) for name in present))
+
+
+def _entries(file: Path, content: _Content, present: Sequence[str]) -> list[_Entry]:
+    """The cases as the schema in use finds them; DataError if none is for training."""
+    ending = content.file_ending
+    if not ending:
+        return _listed(content, present)
+    if isinstance(content.dataset, dict) and content.dataset:
+        listed = [
+            _Entry(dict(enumerate(map(_path, one.images))), _path(one.label), training=True)
+            for one in content.dataset.values()
+        ]
+        return listed + [entry for entry in _by_name(ending, present) if not entry.training]
+    entries = _by_name(ending, present)
+    if not any(entry.training for entry in entries):
+        found = first_few((name for name in present if name.startswith("imagesTr/")), 3) or "nothing"
+        raise DataError(
+            f"{file.parent}: no file is called imagesTr/CASE_0000{ending}, as nnU-Net has it and file_ending in "
+            f"dataset.json says. Found: {found}."
+        )
+    return entries
 
 
 def _listed(content: _Content, present: Iterable[str]) -> list[_Entry]:
@@ -208,19 +238,13 @@ def _path(name: str) -> str:
     return posixpath.normpath(name.replace("\\", "/"))
 
 
-def _by_name(file: Path, ending: str, present: Sequence[str]) -> list[_Entry]:
+def _by_name(ending: str, present: Sequence[str]) -> list[_Entry]:
     """nnU-Net's entries: `imagesTr/CASE_0000.nii.gz` with `labelsTr/CASE.nii.gz`, and the same in Ts."""
     files = _by_spelling(present)
     channels: dict[tuple[str, str], dict[int, str]] = defaultdict(dict)
     for name in files:
         if match := re.fullmatch(rf"images(Tr|Ts)/(.+)_(\d{{4}}){re.escape(ending)}", name):
             channels[match[1], match[2]][int(match[3])] = files[name]
-    if not any(part == "Tr" for part, _ in channels):
-        found = first_few((name for name in present if name.startswith("imagesTr/")), 3) or "nothing"
-        raise DataError(
-            f"{file.parent}: no file is called imagesTr/CASE_0000{ending}, as nnU-Net has it and file_ending in "
-            f"dataset.json says. Found: {found}."
-        )
     return [
         _Entry(images, files.get(f"labels{part}/{case}{ending}"), training=part == "Tr")
         for (part, case), images in channels.items()
@@ -247,7 +271,8 @@ def _cases(
             if mask and mask not in found:
                 faults["missing-mask"].append((mask, name))
             if entry.images.keys() != channels:
-                faults["missing-channel"].append((name, name))
+                lacking = first_few(f"_{number:04d}" for number in sorted(channels - entry.images.keys()))
+                faults["missing-channel"].append((f"{name} has no {lacking}", name))
         cases[name] = Case(
             name,
             root / name,
@@ -261,8 +286,11 @@ def _cases(
 def _fault_problem(code: str, faults: Sequence[tuple[str, str]]) -> Problem:
     one, several, rest = _ADVICE[code]
     what = f"{len(faults)} {agree(faults, one, several)} {rest}"
+    cases = tuple(case for _, case in faults)
     text = f"dataset.json: {what} ({first_few(name for name, _ in faults)})."
-    return Problem("error", code, text, tuple(case for _, case in faults))
+    if code != "doubled-image":
+        text += f" Or leave the cases out: {exclude_option(cases)}."
+    return Problem("error", code, text, cases)
 
 
 def _problems(content: _Content, entries: Sequence[_Entry], structures: Sequence[Structure]) -> list[Problem]:
@@ -282,7 +310,9 @@ def _problems(content: _Content, entries: Sequence[_Entry], structures: Sequence
     # nnU-Net keeps the three channels of a colour photograph in one file.
     colour = channels == 1 and named == 3 and (content.file_ending or "").lower() in PLANE_SUFFIXES
     if content.file_ending and named not in (0, channels) and not colour:
-        text = f"dataset.json names {named} channels (channel_names), the files have {channels}."
+        text = (
+            f"dataset.json names {count(content.channel_names, 'channel')} (channel_names), the files have {channels}."
+        )
         problems.append(Problem("error", "channel-count", text))
     values = {value for structure in structures for value in structure.values}
     skipped = sorted(set(range(1, max(values) + 1)) - values)

@@ -9,7 +9,17 @@ from medtpp.config import SOURCES, DataOptions
 from medtpp.data.case import Case, Dataset, Problem
 from medtpp.data.listing import IMAGE_SUFFIXES
 from medtpp.data.problems import agree, count, first_few
-from medtpp.data.sources import ImageFile, class_names, find_images, scan_problems, split_of
+from medtpp.data.sources import (
+    ImageFile,
+    class_names,
+    crowded_folders,
+    find_images,
+    is_excluded,
+    other_files,
+    scan_problems,
+    split_of,
+)
+from medtpp.data.sources._lookalikes import masks_among_images, refuse_masks_as_classes
 from medtpp.data.sources.segmentation_folders import holds_masks
 from medtpp.errors import DataError
 
@@ -41,7 +51,7 @@ class Folders:
 
         Raises:
             DataError: There is no image, split folders stand beside class folders, several labels are asked for, or
-                the folders are images and masks rather than classes.
+                the folders are images and masks rather than classes (by their names, unless `data.layout` says so).
         """
         if holds_masks(path):
             raise DataError(
@@ -61,7 +71,16 @@ class Folders:
 
         prescribed = _splits_prescribed(path, images)
         cases = tuple(_case(image, prescribed) for image in images)
-        problems = (*scan_problems(images, options.exclude), *_problems(cases, others))
+        kept = [image for image in images if not is_excluded(image.name, options.exclude)]
+        if options.layout != "folders":
+            places = {case.id: _class_folder(case) for case in cases if case.labelled}
+            refuse_masks_as_classes(path, kept, places)
+        problems = (
+            *scan_problems(images, options.exclude),
+            *crowded_folders(images, options.exclude),
+            *masks_among_images(kept, meant=options.layout == "folders"),
+            *_problems(cases, others),
+        )
         return Dataset(path, "folders", cases, class_names(cases), problems=problems)
 
 
@@ -85,13 +104,12 @@ def _case(image: ImageFile, prescribed: bool) -> Case:
     return Case(image.name, image.image, labels, bool(labels), image.patient, split=split, files=image.files)
 
 
+def _class_folder(case: Case) -> str:
+    return "/".join(case.id.split("/")[: 2 if case.split else 1])
+
+
 def _problems(cases: tuple[Case, ...], others: list[str]) -> list[Problem]:
-    problems = []
-    if others:
-        verb = agree(others, "file is", "files are")
-        problems.append(
-            Problem("warning", "not-an-image", f"{len(others)} {verb} not images, for example {others[0]}: ignored.")
-        )
+    problems = other_files(others)
     stray = tuple(case.id for case in cases if not case.labelled)
     if 0 < len(stray) < len(cases):
         problems.append(

@@ -6,7 +6,9 @@ import csv
 import io
 import os
 import posixpath
+import re
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -14,7 +16,7 @@ from medtpp.config import SOURCES, ColumnOptions, DataOptions
 from medtpp.data.case import Case, Dataset, Problem
 from medtpp.data.listing import find_spelled
 from medtpp.data.problems import agree, first_few
-from medtpp.data.sources import ImageFile, class_names, is_excluded, scan_problems, split_of
+from medtpp.data.sources import ImageFile, class_names, find_scans, is_excluded, scan_problems, split_of
 from medtpp.data.sources._structures import named_structures
 from medtpp.errors import DataError
 
@@ -38,7 +40,8 @@ _ADVICE = {
         "not exist. Paths are relative to the manifest; an empty cell is for no mask",
     ),
     "no-series": (*_NAMES, "a folder that holds no DICOM series"),
-    "several-series": (*_NAMES, "a folder that holds several DICOM series. Name the folder or the file of one"),
+    "several-series": (*_NAMES, "a folder that holds several DICOM series. Name one of them, as they are called here"),
+    "unknown-series": (*_NAMES, "a DICOM series that the folder does not hold. Name one that it does"),
     "unknown-split": (*_HAS, "an unknown split. Use train, val or test"),
     "empty-split": (
         "row with a label or mask has",
@@ -53,7 +56,7 @@ _ADVICE = {
 class Manifest:
     """A table in UTF-8 with comma, semicolon or tab between its cells, all read as text ("01" stays "01").
 
-    An image is a file of any format, or a folder that holds one DICOM series.
+    An image is a file of any format, or a folder that holds one DICOM series; of several, `folder#1` and so on.
     An empty label is an unlabelled case. With `data.multilabel` a cell holds several labels ("mass;nodule"), and the
     word `none`, or the separator alone, says that the case is labelled and has no finding.
     """
@@ -197,9 +200,9 @@ def _case(
     # An excluded case is dropped later, so that leaving a missing file out is a way to mend the data set. Path.is_file
     # would raise on a name that is too long.
     if not is_excluded(name, options.exclude):
-        if os.path.isdir(image.image):  # noqa: PTH112
-            image = _scan(image, line, faults)
-            scans.append(image)
+        if folder := _folder_of_scans(root, name):
+            image, told = _scan(image, *folder, line, faults)
+            scans += told
         elif not os.path.isfile(image.image):  # noqa: PTH113
             faults["missing-file"].append((line, name, name))
         if mask and not os.path.isfile(mask):  # noqa: PTH113
@@ -214,18 +217,32 @@ def _case(
     return Case(name, image.image, labels, labelled, patient, site, split, image.files, mask=mask)
 
 
-def _scan(folder: ImageFile, line: int, faults: dict[str, list[tuple[int, str, str]]]) -> ImageFile:
-    """The DICOM scan that a folder holds; the folder itself where there is none or several."""
-    from medtpp.data.volumes import find_series  # brings pydicom
+def _folder_of_scans(root: Path, name: str) -> tuple[Path, str] | None:
+    """The folder that the name of an image means, and its name: itself, or that of a series ("scans/p1#2")."""
+    numbered = re.fullmatch(r"(.+)#\d+", name)
+    if numbered and not os.path.exists(find_spelled(root, name)):  # noqa: PTH110
+        name = numbered[1]
+    folder = find_spelled(root, name)
+    return (folder, name) if os.path.isdir(folder) else None  # noqa: PTH112
 
-    found = find_series(folder.image)
-    if len(found) != 1:
-        text = "; ".join(scan.summary() for scan in found[:8])
-        code = "several-series" if found else "no-series"
-        faults[code].append((line, f"{folder.name}{f' ({text})' if text else ''}", folder.name))
-        return folder
-    scan = found[0]
-    return ImageFile(folder.name, scan.image, scan.files if scan.stacked else (), scan)
+
+def _scan(
+    image: ImageFile, folder: Path, name: str, line: int, faults: dict[str, list[tuple[int, str, str]]]
+) -> tuple[ImageFile, list[ImageFile]]:
+    """The DICOM scan that a cell names (the cell itself where it is none, or any of several), and scans to tell of."""
+    found = find_scans(folder, name)
+    series = {called: scan.scan for called, scan in found.items() if scan.scan}
+    broken = [replace(found[called], name=called) for called, one in series.items() if not one.size]
+    whole = dict.fromkeys(found[called] for called, one in series.items() if one.size)
+    alone = next(iter(whole), None) if image.name == name and len(whole) == 1 else None
+    scan = found.get(image.name, alone)  # files that cannot be read beside a scan are told of, and no choice
+    if scan:
+        scan = replace(scan, name=image.name, place="")
+        return scan, [scan, *(one for one in broken if one.image != scan.image)]
+    listed = "; ".join(f"{called}: {one.summary()}" for called, one in [*series.items()][:8])
+    code = "no-series" if not found else "several-series" if image.name == name else "unknown-series"
+    faults[code].append((line, f"{image.name}{f' ({listed})' if listed else ''}", image.name))
+    return image, []
 
 
 def _case_id(root: Path, cell: str) -> str:

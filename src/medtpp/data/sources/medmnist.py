@@ -39,7 +39,7 @@ class MedMNIST:
             DataError: The file is broken, or its arrays are not MedMNIST's; all that is wrong is reported together.
         """
         arrays = npz_arrays(path)
-        splits = [split for split in SPLITS if f"{split}_images" in arrays]
+        splits = [split for split in SPLITS if {f"{split}_images", f"{split}_labels"} & arrays.keys()]
         faults = _faults(arrays, splits)
         labels = {} if faults else {split: read_npz_array(path, f"{split}_labels") for split in splits}
         faults += [fault for split, table in labels.items() for fault in _label_faults(split, table)]
@@ -62,7 +62,10 @@ def _faults(arrays: dict[str, NpzArray], splits: list[str]) -> list[str]:
         return [f"there are no arrays {', '.join(f'{split}_images' for split in SPLITS)}; it holds {found}"]
     faults = []
     for split in splits:
-        images, labels = arrays[f"{split}_images"], arrays.get(f"{split}_labels")
+        images, labels = arrays.get(f"{split}_images"), arrays.get(f"{split}_labels")
+        if images is None:
+            faults.append(f"{split}_images is missing, {split}_labels is there")
+            continue
         if images.dtype != np.uint8 or len(images.shape) not in (3, 4):
             kind = f"{images.dtype} of shape {images.shape}"
             faults.append(f"{split}_images is {kind}, not uint8 (N, H, W), (N, H, W, 3) or (N, D, H, W)")

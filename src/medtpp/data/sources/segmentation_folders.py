@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-import re
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import ClassVar
 
 from medtpp.config import SOURCES, DataOptions
 from medtpp.data.case import Case, Dataset, Problem
-from medtpp.data.listing import spelled, stem_of
-from medtpp.data.problems import agree, count, first_few
-from medtpp.data.sources import ImageFile, find_images, find_masks, scan_problems, split_of
+from medtpp.data.listing import split_suffix
+from medtpp.data.problems import agree, count, exclude_option, first_few
+from medtpp.data.sources import (
+    ImageFile,
+    crowded_folders,
+    find_images,
+    find_masks,
+    is_excluded,
+    other_files,
+    scan_problems,
+    split_of,
+)
+from medtpp.data.sources._names import IMAGE_FOLDERS, MASK_FOLDERS
+from medtpp.data.sources._pairing import match
 from medtpp.data.sources._structures import named_structures
 from medtpp.errors import DataError
-
-_IMAGE_FOLDERS = frozenset({"image", "images", "img", "imgs", "scan", "scans", "volume", "volumes"})
-_MASK_FOLDERS = frozenset(
-    {
-        *("mask", "masks", "label", "labels", "annotation", "annotations", "segmentation", "segmentations"),
-        *("seg", "segs", "gt", "ground_truth", "groundtruth"),
-    }
-)
-_MASK_ENDING = re.compile(r"[ _.-](masks?|labels?|annotations?|segmentations?|segs?|gt|ground_?truth)$", re.IGNORECASE)
 
 
 @SOURCES.register("segmentation_folders")
@@ -64,11 +64,12 @@ class SegmentationFolders:
         found = _Found()
         for part in parts:
             cases += _read_part(path, part, options.exclude, found)
-        if not any(case.mask for case in cases):
-            raise DataError(_nothing_paired(path, cases, found))
         cases.sort(key=lambda case: case.id)
+        kept = [case for case in cases if not is_excluded(case.id, options.exclude)]
+        if not any(case.mask for case in kept):
+            raise DataError(_nothing_paired(path, kept, found))
         structures = named_structures(options.structures)
-        problems = (*found.problems, *_problems(cases, found))
+        problems = (*found.problems, *_problems(kept, found))
         return Dataset(path, "segmentation_folders", tuple(cases), structures=structures, problems=problems)
 
 
@@ -81,57 +82,13 @@ def without_masks(images: Iterable[ImageFile]) -> list[ImageFile]:
     """Images of any folders, less those in folders of masks: pools and new images may lie beside their masks."""
     images = list(images)
     folders = {part for image in images for part in PurePosixPath(image.name).parents}
-    with_images = {part.parent for part in folders if part.name.casefold() in _IMAGE_FOLDERS | {"imagestr", "imagests"}}
+    with_images = {part.parent for part in folders if part.name.casefold() in IMAGE_FOLDERS | {"imagestr", "imagests"}}
     masks = {
         part
         for part in folders
-        if part.parent in with_images and part.name.casefold() in _MASK_FOLDERS | {"labelstr", "labelsts"}
+        if part.parent in with_images and part.name.casefold() in MASK_FOLDERS | {"labelstr", "labelsts"}
     }
     return [image for image in images if masks.isdisjoint(PurePosixPath(image.name).parents)]
-
-
-@dataclass(frozen=True)
-class Pairing:
-    """What `pair` found. Stems that belong to several images or several masks are doubled, and not paired.
-
-    Attributes:
-        masks: The mask of each image that has one, by the image's stem.
-        alone: Masks without an image.
-        doubled: By stem, the names of all images and masks that share it.
-    """
-
-    masks: dict[str, str]
-    alone: list[str]
-    doubled: dict[str, list[str]]
-
-
-def pair(images: Iterable[tuple[str, str]], masks: Iterable[str]) -> Pairing:
-    """Find the mask of each image by its stem.
-
-    Args:
-        images: Stem, as `ImageFile` gives it, and name of each image.
-        masks: Names of masks. The whole stem is looked up first, then the stem without an ending such as "_mask", then
-            the folder, in which viewers save a segmentation under a name of their own.
-    """
-    images_of: dict[str, list[str]] = defaultdict(list)
-    masks_of: dict[str, list[str]] = defaultdict(list)
-    alone = []
-    for stem, name in images:
-        images_of[stem].append(name)
-    for mask in masks:
-        whole = spelled(stem_of(mask))
-        looked_up = (whole, _MASK_ENDING.sub("", whole), spelled(PurePosixPath(mask).parent.as_posix()))
-        found = next((stem for stem in looked_up if stem in images_of), None)
-        if found is None:
-            alone.append(mask)
-        else:
-            masks_of[found].append(mask)
-    doubled = {
-        stem: names + masks_of[stem] for stem, names in images_of.items() if len(names) > 1 or len(masks_of[stem]) > 1
-    }
-    return Pairing(
-        {stem: names[0] for stem, names in masks_of.items() if stem not in doubled and names}, alone, doubled
-    )
 
 
 @dataclass(frozen=True)
@@ -144,14 +101,16 @@ class _Part:
     masks: tuple[Path, ...]
 
 
+@dataclass
 class _Found:
-    """What is told of the data set when all parts are read."""
+    """What is told of the data set when all parts are read; see `medtpp.data.sources._pairing.Matches`."""
 
-    def __init__(self) -> None:
-        self.alone: list[str] = []
-        self.doubled: dict[str, list[str]] = {}
-        self.others: list[str] = []
-        self.problems: list[Problem] = []
+    alone: list[str] = field(default_factory=list)
+    doubled: dict[str, list[str]] = field(default_factory=dict)
+    unclear: dict[str, list[str]] = field(default_factory=dict)
+    scans: list[str] = field(default_factory=list)  # among the masks
+    others: list[str] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
 
 
 def _parts(root: Path) -> list[_Part]:
@@ -165,8 +124,8 @@ def _parts(root: Path) -> list[_Part]:
 
 def _part(folder: Path, split: str | None) -> _Part:
     inside = _folders(folder)
-    images = tuple(path for path in inside if path.name.casefold() in _IMAGE_FOLDERS)
-    masks = tuple(path for path in inside if path.name.casefold() in _MASK_FOLDERS)
+    images = tuple(path for path in inside if path.name.casefold() in IMAGE_FOLDERS)
+    masks = tuple(path for path in inside if path.name.casefold() in MASK_FOLDERS)
     return _Part(folder, split, images, masks)
 
 
@@ -180,18 +139,24 @@ def _folders(folder: Path) -> list[Path]:
 def _read_part(root: Path, part: _Part, exclude: Sequence[str], found: _Found) -> list[Case]:
     folder = part.images[0]
     before = folder.relative_to(root).as_posix()
+    beside = part.masks[0].relative_to(root).as_posix() if part.masks else ""
     images, others = find_images(folder)
-    masks, other_masks = find_masks(part.masks[0]) if part.masks else ([], [])
-    pairing = pair(((image.stem, image.name) for image in images), masks)
+    masks, scans, other_masks = find_masks(part.masks[0]) if part.masks else ([], [], [])
+    matches = match(images, masks, {i.name for i in images if is_excluded(f"{before}/{i.name}", exclude)})
     splits = {} if part.split else _inner_splits(images)
 
-    found.problems += scan_problems((replace(image, name=f"{before}/{image.name}") for image in images), exclude)
+    named = [replace(image, name=f"{before}/{image.name}") for image in images]
+    found.problems += [*scan_problems(named, exclude), *crowded_folders(named, exclude)]
     found.others += [f"{before}/{name}" for name in others]
-    if part.masks:
-        beside = part.masks[0].relative_to(root).as_posix()
-        found.others += [f"{beside}/{name}" for name in other_masks]
-        found.alone += [f"{beside}/{name}" for name in pairing.alone]
-    found.doubled |= {f"{before}/{stem}": names for stem, names in pairing.doubled.items()}
+    found.others += [f"{beside}/{name}" for name in other_masks]
+    found.scans += [f"{beside}/{name}" for name in scans]
+    found.alone += [f"{beside}/{name}" for name in matches.alone]
+    for stem, (same, its_masks) in matches.doubled.items():
+        names = (*(f"{before}/{name}" for name in same), *(f"{beside}/{name}" for name in its_masks))
+        found.doubled[f"{before}/{stem}"] = list(names)
+    for mask, same in matches.unclear.items():
+        found.unclear[f"{beside}/{mask}"] = [f"{before}/{name}" for name in same]
+    in_doubt = {name for same, _ in matches.doubled.values() for name in same}
     return [
         Case(
             f"{before}/{image.name}",
@@ -199,10 +164,10 @@ def _read_part(root: Path, part: _Part, exclude: Sequence[str], found: _Found) -
             patient=image.patient,
             split=part.split or splits.get(image.name),
             files=image.files,
-            mask=part.masks[0] / pairing.masks[image.stem] if image.stem in pairing.masks else None,
+            mask=part.masks[0] / matches.masks[image.name] if image.name in matches.masks else None,
         )
         for image in images
-        if image.stem not in pairing.doubled
+        if image.name not in in_doubt
     ]
 
 
@@ -213,6 +178,8 @@ def _inner_splits(images: Sequence[ImageFile]) -> Mapping[str, str | None]:
 
 
 def _nothing_paired(root: Path, cases: Sequence[Case], found: _Found) -> str:
+    if found.unclear:
+        return f"{root}: no image has a mask that is its alone. {_unclear(found)}"
     if not (cases or found.alone or found.doubled):
         return (
             f"{root} holds no images and masks. Expected are two folders with the same names in them, such as "
@@ -220,11 +187,30 @@ def _nothing_paired(root: Path, cases: Sequence[Case], found: _Found) -> str:
         )
     images = first_few((case.id for case in cases), 3) or "none"
     masks = first_few(found.alone, 3) or "none"
+    others = f" {_no_segmentations(found.scans)}" if found.scans else ""
     doubled = f" Names there twice: {first_few(found.doubled, 3)}." if found.doubled else ""
     return (
-        f"{root}: no image has a mask of the same name. Images: {images}. Masks: {masks}.{doubled} Name each mask as "
-        "its image, with or without an ending such as _mask, _seg or _gt, or write a manifest.csv with image and mask."
+        f"{root}: no image has a mask of the same name. Images: {images}. Masks: {masks}.{doubled}{others} Name each "
+        "mask as its image, with or without an ending such as _mask, _seg or _gt, or write a manifest.csv with image "
+        "and mask."
     )
+
+
+def _unclear(found: _Found) -> str:
+    """Which scan of a folder is a mask of?"""
+    mask, scans = next(iter(found.unclear.items()))
+    which = first_few((f"{mask} ({' or '.join(scans)})" for mask, scans in found.unclear.items()), 3)
+    what = f"{count(found.unclear, 'mask')} {agree(found.unclear, 'is', 'are')} called after a folder with several"
+    own = PurePosixPath(mask).with_name(PurePosixPath(scans[0]).name + split_suffix(mask)[1])
+    return (
+        f"{what} scans: {which}. Leave out the scans that are not meant, such as {exclude_option(scans[1:])}, or call "
+        f"the mask after one, such as {own}."
+    )
+
+
+def _no_segmentations(scans: Sequence[str]) -> str:
+    what = f"{count(scans, 'file')} among the masks {agree(scans, 'is', 'are')} DICOM, but no segmentation (SEG)"
+    return f"{what}: {first_few(sorted(scans), 3)}: ignored. Save masks as SEG, NIfTI or PNG."
 
 
 def _problems(cases: Sequence[Case], found: _Found) -> list[Problem]:
@@ -234,6 +220,9 @@ def _problems(cases: Sequence[Case], found: _Found) -> list[Problem]:
         what = f"{count(found.doubled, 'name')} {agree(found.doubled, 'belongs', 'belong')}"
         text = f"{what} to several images or several masks: {which}. Keep one of each."
         problems.append(Problem("error", "doubled-stem", text))
+    if found.unclear:
+        names = tuple(dict.fromkeys(name for scans in found.unclear.values() for name in scans))
+        problems.append(Problem("error", "mask-of-several-series", _unclear(found), names))
     bare = tuple(case.id for case in cases if case.mask is None)
     if bare:
         verbs = agree(bare, "has no mask and counts", "have no mask and count")
@@ -243,8 +232,6 @@ def _problems(cases: Sequence[Case], found: _Found) -> list[Problem]:
         what = f"{count(found.alone, 'mask')} {agree(found.alone, 'has', 'have')}"
         text = f"{what} no image of the same name: {first_few(sorted(found.alone))}: ignored."
         problems.append(Problem("warning", "mask-without-image", text))
-    if found.others:
-        verb = agree(found.others, "file is", "files are")
-        text = f"{len(found.others)} {verb} not images, for example {min(found.others)}: ignored."
-        problems.append(Problem("warning", "not-an-image", text))
-    return problems
+    if found.scans:
+        problems.append(Problem("warning", "mask-no-segmentation", _no_segmentations(found.scans)))
+    return problems + other_files(found.others)

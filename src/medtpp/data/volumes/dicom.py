@@ -16,6 +16,8 @@ from medtpp.data.volumes.pixels import PixelFile
 from medtpp.data.volumes.stack import Plane, in_order, stack_geometry, stack_problems
 from medtpp.errors import DataError
 
+EXPORT_SPACING = "Export it again with its PixelSpacing, or convert it with a program that knows the spacing."
+
 
 def read_dicom_file(path: Path) -> Volume:
     """Read a file on its own: a radiograph or any other single image in 2D, a multi-frame scan in 3D.
@@ -27,7 +29,7 @@ def read_dicom_file(path: Path) -> Volume:
     header = _image_header(path)
     if header.frames > 1:
         if not header.planes:
-            raise DataError(no_volume(header.frames))
+            raise DataError(no_volume(header))
         return _stacked(header.planes)
     file = PixelFile(path)
     values = file.values()
@@ -56,7 +58,11 @@ def read_dicom_series(paths: Sequence[Path]) -> Volume:
             headers.append(_image_header(path))
         except DataError as error:
             broken.append(f"{path.name} {error.message}")
-    broken += [f"{header.path.name} tells no position or pixel spacing." for header in headers if not header.planes]
+    broken += [
+        f"{header.path.name} tells no {'pixel spacing' if header.unscaled else 'position'}."
+        for header in headers
+        if not header.planes
+    ]
     broken += [f"{header.path.name} holds {header.frames} frames." for header in headers if header.frames > 1]
     if broken:
         raise DataError(f"{len(broken)} of {len(paths)} files cannot be stacked:", shortened(broken))
@@ -66,11 +72,13 @@ def read_dicom_series(paths: Sequence[Path]) -> Volume:
     return _stacked([header.planes[0] for header in headers])
 
 
-def no_volume(frames: int) -> str:
-    """Why a file with several frames but no positions is not read."""
+def no_volume(header: Header) -> str:
+    """Why a file with several frames that are not all placed in space is not read."""
+    if header.unscaled:
+        return f"holds {header.frames} frames and tells no pixel spacing. {EXPORT_SPACING}"
     return (
-        f"holds {frames} frames without positions in space (a film, such as an ultrasound loop). Save the frames to "
-        "use as single images."
+        f"holds {header.frames} frames without positions in space (a film, such as an ultrasound loop). Save the "
+        "frames to use as single images."
     )
 
 

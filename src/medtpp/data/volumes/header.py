@@ -36,7 +36,7 @@ PROJECTIONS = frozenset({"CR", "DX", "MG", "IO", "PX", "RF", "XA", "RG", "DXA", 
 # Objects with rows and columns that are no scans.
 _NO_SCANS = frozenset({"SEG", "RTDOSE", "RTIMAGE", "PR", "KO", "SR", "REG", "DOC"})
 
-_NO_DICOM = "is no DICOM file, or its header is broken."
+_NO_DICOM = "is no DICOM file, or its header is broken. Copy or export it again."
 
 # Where a warning about a header may be said to come from: libraries name themselves or whoever called them.
 _QUIET_MODULES = r"(pydicom|highdicom|medtpp\.data|medtpp\.inference)\b"
@@ -83,6 +83,7 @@ class Header:
         frames: Number of images in the file.
         spacing: Distance of rows and of columns in mm, where told.
         planes: One per frame where the header places all of them in space, else ().
+        unscaled: Whether it does, but tells no pixel spacing, so that `planes` is ().
         localizer: Whether it is a scout view that other scans were planned on.
         patient: A pseudonym, where the header names a patient.
         series: Equal for files of one series. Not to be shown.
@@ -95,6 +96,7 @@ class Header:
     frames: int
     spacing: tuple[float, float] | None
     planes: tuple[Plane, ...]
+    unscaled: bool
     localizer: bool
     patient: str | None
     series: str = field(repr=False)
@@ -169,7 +171,7 @@ def open_dataset(path: Path, *, keywords: tuple[str, ...] | None = None) -> Data
     """
     try:
         if not path.stat().st_size:
-            raise DataError("the file is empty (0 bytes).")
+            raise DataError("is empty (0 bytes). Copy or export it again.")
         with path.open("rb") as stream, discreet(_NO_DICOM):
             dataset = pydicom.dcmread(
                 stream,
@@ -198,6 +200,7 @@ def _header(path: Path, dataset: Dataset) -> Header | None:
     frames = int(dataset.get("NumberOfFrames") or 1)
     if min(size) < 1 or frames < 1:
         raise DataError("has a broken DICOM header (an image without rows, columns or frames). Export it again.")
+    planes = planes_of(path, dataset, size, frames)
     return Header(
         path=path,
         # A code of a few capitals by the standard; anything else could be a text.
@@ -205,7 +208,8 @@ def _header(path: Path, dataset: Dataset) -> Header | None:
         size=size,
         frames=frames,
         spacing=_pair(dataset, "PixelSpacing") or _pair(dataset, "ImagerPixelSpacing"),
-        planes=planes_of(path, dataset, size, frames),
+        planes=planes,
+        unscaled=not planes and bool(planes_of(path, dataset, size, frames, spacing=(1.0, 1.0))),
         localizer="LOCALIZER" in (dataset.get("ImageType") or ()),
         patient=_pseudonym(str(dataset.get("PatientID") or "").strip()),
         series=str(dataset.get("SeriesInstanceUID") or path),
@@ -213,8 +217,18 @@ def _header(path: Path, dataset: Dataset) -> Header | None:
     )
 
 
-def planes_of(path: Path, dataset: Dataset, size: tuple[int, int], frames: int) -> tuple[Plane, ...]:
-    """Where the frames of a file lie; () unless the header places all of them."""
+def planes_of(
+    path: Path, dataset: Dataset, size: tuple[int, int], frames: int, *, spacing: tuple[float, float] | None = None
+) -> tuple[Plane, ...]:
+    """Where the frames of a file lie; () unless the header places all of them.
+
+    Args:
+        path: The file.
+        dataset: Its header.
+        size: Rows and columns.
+        frames: Number of images in it.
+        spacing: Distance of rows and of columns in mm where the header tells none; by default it places no frame then.
+    """
     shared = next(iter(dataset.get("SharedFunctionalGroupsSequence") or ()), Dataset())
     groups = dataset.get("PerFrameFunctionalGroupsSequence") or ([Dataset()] if frames == 1 else [])
     if len(groups) != frames:
@@ -229,8 +243,8 @@ def planes_of(path: Path, dataset: Dataset, size: tuple[int, int], frames: int) 
         place = _numbers(find("PlanePositionSequence"), "ImagePositionPatient", 3)
         cosines = _numbers(find("PlaneOrientationSequence"), "ImageOrientationPatient", 6)
         measures = find("PixelMeasuresSequence")
-        spacing = _pair(measures, "PixelSpacing")
-        if place is None or cosines is None or spacing is None:
+        pixels = _pair(measures, "PixelSpacing") or spacing
+        if place is None or cosines is None or pixels is None:
             return ()
         step = _numbers(measures, "SpacingBetweenSlices", 1) or _numbers(measures, "SliceThickness", 1) or (1.0,)
         planes.append(
@@ -240,7 +254,7 @@ def planes_of(path: Path, dataset: Dataset, size: tuple[int, int], frames: int) 
                 size=size,
                 position=(place[0], place[1], place[2]),
                 orientation=_orientation(cosines),
-                spacing=spacing,
+                spacing=pixels,
                 step=abs(step[0]) or 1.0,
             )
         )

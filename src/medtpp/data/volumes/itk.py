@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import math
 import os
 import re
 import zlib
@@ -67,7 +68,10 @@ def _geometry(image: sitk.Image, shape: tuple[int, ...]) -> Geometry:
 
 
 def _check_file(path: Path) -> None:
-    """Test the checksum of compressed data, in the file or in one of its own, which ITK's readers leave alone."""
+    """Test what ITK's readers leave alone, or print about past our messages.
+
+    These are the checksum of compressed data, in the file or in one of its own, and the length of a MetaImage's data.
+    """
     try:
         with path.open("rb") as stream:
             head = stream.read(1 << 16)
@@ -77,11 +81,17 @@ def _check_file(path: Path) -> None:
             end = re.search(rb"\r?\n\r?\n" if nrrd else rb"(?m)^ElementDataFile\s*=\s*LOCAL\s*?\n", head)
             fields = head[: end.start()] if end else head
             detached = re.search(rb"(?im)^(?:data ?file:|ElementDataFile\s*=)[ \t]*([^\r\n\0]+?)[ \t\r]*$", fields)
+            voxels = path.parent / os.fsdecode(detached[1]) if detached else None
+            if voxels and not nrrd and not _is_list(voxels.name) and not voxels.is_file():
+                raise DataError("its data file is missing. Copy it to where the header says, or export both again.")
             if not re.search(rb"(?im)^(encoding:\s*gz|CompressedData\s*=\s*True)", fields):
+                if voxels is None and end and not nrrd:
+                    _check_length(path, path.stat().st_size - end.end())
+                elif voxels and voxels.is_file() and not nrrd:
+                    _check_length(path, voxels.stat().st_size)
                 return
-            data = b""  # what is missing is told by ITK's reader
-            if detached:
-                voxels = path.parent / os.fsdecode(detached[1])
+            data = b""  # what is missing of a NRRD file is told by ITK's reader
+            if voxels:
                 data = voxels.read_bytes() if voxels.is_file() else data
             elif end:
                 stream.seek(end.end())
@@ -94,3 +104,26 @@ def _check_file(path: Path) -> None:
         ) from error
     except OSError as error:
         raise DataError(f"cannot be opened ({error.strerror or error}).") from error
+
+
+def _is_list(name: str) -> bool:
+    """Whether a MetaImage names several data files: listed in the header, or by a pattern such as slice%03d.raw."""
+    return name.upper().startswith("LIST") or "%" in name
+
+
+def _check_length(path: Path, there: int) -> None:
+    """Compare the bytes that are there with those that the header announces; what else is wrong is told on reading."""
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(str(path))
+    try:
+        reader.ReadImageInformation()
+    except RuntimeError:
+        return
+    dims, components = reader.GetDimension(), reader.GetNumberOfComponents()
+    pixel = sitk.Image([1] * dims, reader.GetPixelID(), components if components > 1 else 0)
+    announced = math.prod(reader.GetSize()) * sitk.GetArrayViewFromImage(pixel).nbytes
+    if there < announced:
+        raise DataError(
+            f"is truncated: its header announces {announced:,} bytes of voxels, {there:,} are there. Copy or export it "
+            "again."
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -92,6 +93,8 @@ def read_file(path: Path) -> Volume:
     if has_suffix(path, NIFTI_SUFFIXES):
         from medtpp.data.volumes.nifti import read_nifti
 
+        # It prints what it mends in a header, without the file's name; what of it counts is told by `check`.
+        logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)
         return read_nifti(path)
     if has_suffix(path, ITK_SUFFIXES):
         from medtpp.data.volumes.itk import read_itk

@@ -12,11 +12,12 @@ import numpy as np
 from medtpp.data.case import Problem
 from medtpp.data.listing import list_images
 from medtpp.data.problems import first_few
-from medtpp.data.volumes.dicom import no_volume
+from medtpp.data.volumes.dicom import EXPORT_SPACING, no_volume
 from medtpp.data.volumes.header import PROJECTIONS, Header, is_dicom, read_header
 from medtpp.data.volumes.stack import doubled, in_order, stack_problems
 from medtpp.errors import DataError
 
+PREAMBLE = 132  # bytes with which a DICOM file begins
 SAME_VIEW = np.cos(np.radians(30.0))  # slices nearer in direction are meant as one stack; planes of scouts are not
 
 
@@ -30,7 +31,8 @@ class Series:
         modality: Such as "CT"; "unknown" of a file that cannot be read.
         size: (D, H, W) of a volume, (H, W) of an image; () of a file that cannot be read.
         patient: A pseudonym, the same for a patient in every folder; None where the files name no patient.
-        problems: What is wrong with it. With an error among them it cannot be read.
+        problems: What is wrong with it, to be read after its name and a colon. With an error among them it cannot be
+            read.
     """
 
     files: tuple[Path, ...]
@@ -61,7 +63,8 @@ def find_series(folder: Path) -> list[Series]:
     Files that are not DICOM are passed over, and so are directories (DICOMDIR), reports, segmentations and doses.
     Slices belong together by their series and direction; where places are taken twice, acquisition, echo, phase,
     b-value or image type tell the stacks apart, if one of them does. Radiographs, multi-frame files and images without
-    a position are on their own. A DICOM file that cannot be read is a series with an error.
+    a position are on their own. A DICOM file that cannot be read is a series with an error; so is one beside others
+    that is empty or breaks off before it says that it is DICOM.
 
     Returns:
         Sorted by the path of the first file in space.
@@ -74,19 +77,29 @@ def find_series(folder: Path) -> list[Series]:
     images, others = list_images(folder)
     found: list[Series] = []
     slices: dict[str, list[Header]] = defaultdict(list)
+    unscaled: dict[str, list[Header]] = defaultdict(list)
+    torn: list[Path] = []
+    places: set[Path] = set()
     for path in (folder / name for name in sorted([*images, *others])):
         try:
             header = read_header(path) if is_dicom(path) else None
         except DataError as error:
-            problem = Problem("error", "unreadable-dicom", f"{path.relative_to(folder)} {error.message}")
+            problem = Problem("error", "unreadable-dicom", error.message)
             found.append(Series((path,), False, "unknown", (), problems=(problem,)))
             continue
         if header is None:
+            if _may_be_torn(path):
+                torn.append(path)
             continue
+        places.add(path.parent)
         if header.planes and header.frames == 1 and header.modality not in PROJECTIONS:
             slices[header.series].append(header)
+        elif header.unscaled and header.frames == 1:
+            unscaled[header.series].append(header)
         else:
             found.append(_single(header))
+    found += [_unscaled(headers) for headers in unscaled.values()]
+    found += [_torn(path) for path in torn if path.parent in places]
     found += [_stack(stack) for headers in slices.values() for stack in _stacks(headers)]
     return sorted(found, key=lambda series: series.image)
 
@@ -109,6 +122,44 @@ def several_series(root: Path, series: Sequence[Series]) -> list[Problem]:
     return problems
 
 
+def _may_be_torn(path: Path) -> bool:
+    """Whether a file may be the rest of a DICOM file, of which a copy that was broken off left too little to tell.
+
+    Names without a suffix, and UIDs, are what such files have. Short texts and notes hold no zero bytes.
+    """
+    if path.suffix and not path.suffix[1:].isdecimal():
+        return False
+    data = path.read_bytes() if path.stat().st_size < PREAMBLE else None
+    return data is not None and (not data or b"\0" in data)
+
+
+def _torn(path: Path) -> Series:
+    how = "is empty (0 bytes)" if not path.stat().st_size else "breaks off"
+    text = (
+        f"{how} and lies among DICOM files: a slice may be missing. Copy or export it again; delete the file if it is "
+        "no slice."
+    )
+    return Series((path,), False, "unknown", (), problems=(Problem("error", "unreadable-dicom", text),))
+
+
+def _unscaled(headers: Sequence[Header]) -> Series:
+    """Slices of a series that tell where they lie and no pixel spacing; one alone can be read as an image."""
+    first = headers[0]
+    if len(headers) == 1:
+        text = f"is a slice ({first.modality}) that tells no pixel spacing, and is read as a single image."
+        problem = Problem("warning", "no-pixel-spacing", f"{text} {EXPORT_SPACING}")
+        return Series((first.path,), False, first.modality, first.size, first.patient, (problem,))
+    text = f"its {len(headers)} slices tell no pixel spacing, and make no volume. {EXPORT_SPACING}"
+    return Series(
+        tuple(header.path for header in headers),
+        True,
+        first.modality,
+        (len(headers), *first.size),
+        first.patient,
+        (Problem("error", "no-pixel-spacing", text),),
+    )
+
+
 def _single(header: Header) -> Series:
     """A file on its own."""
     problems: Sequence[Problem] = ()
@@ -116,13 +167,11 @@ def _single(header: Header) -> Series:
     if header.frames > 1:
         size = (header.frames, *header.size)
         problems = (
-            stack_problems(in_order(header.planes))
-            if header.planes
-            else (Problem("error", "film", f"{header.path.name} {no_volume(header.frames)}"),)
+            stack_problems(in_order(header.planes)) if header.planes else (Problem("error", "film", no_volume(header)),)
         )
     elif header.modality in ("CT", "MR", "PT"):
         text = (
-            f"{header.path.name} is a {header.modality} image without a position, such as a screenshot or a table. "
+            f"is a {header.modality} image without a position, such as a screenshot or a table. "
             "Leave it out with data.exclude if it is no scan."
         )
         problems = (Problem("warning", "no-position", text),)
@@ -135,7 +184,7 @@ def _stack(headers: Sequence[Header]) -> Series:
     first = headers[0]
     if first.localizer:
         text = (
-            f"{planes[0].file.name} is a localizer (a scout view other scans were planned on). Leave it out with "
+            "is a localizer (a scout view other scans were planned on). Leave it out with "
             "data.exclude if it is no scan to learn from."
         )
         problems.append(Problem("warning", "localizer", text))
