@@ -11,14 +11,14 @@ from medtpp.data.volumes.mask import read_mask
 from medtpp.data.volumes.read import read_volume, volume_fingerprint
 
 if TYPE_CHECKING:
-    from medtpp.data.volumes.series import Series, find_series, several_series
+    from medtpp.data.volumes.series import Series, find_series
 
-__all__ = ["Series", "find_series", "read_mask", "read_volume", "several_series", "volume_fingerprint"]
+__all__ = ["Series", "find_series", "read_mask", "read_volume", "volume_fingerprint"]
 
 
 def __getattr__(name: str) -> Any:
     # pydicom is loaded when a folder is searched, not when a PNG is read.
-    if name in ("Series", "find_series", "several_series"):
+    if name in ("Series", "find_series"):
         from medtpp.data.volumes import series
 
         return getattr(series, name)

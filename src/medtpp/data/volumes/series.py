@@ -11,7 +11,6 @@ import numpy as np
 
 from medtpp.data.case import Problem
 from medtpp.data.listing import list_images
-from medtpp.data.problems import first_few
 from medtpp.data.volumes.dicom import EXPORT_SPACING, no_volume
 from medtpp.data.volumes.header import PROJECTIONS, Header, is_dicom, read_header
 from medtpp.data.volumes.stack import doubled, in_order, stack_problems
@@ -102,24 +101,6 @@ def find_series(folder: Path) -> list[Series]:
     found += [_torn(path) for path in torn if path.parent in places]
     found += [_stack(stack) for headers in slices.values() for stack in _stacks(headers)]
     return sorted(found, key=lambda series: series.image)
-
-
-def several_series(root: Path, series: Sequence[Series]) -> list[Problem]:
-    """A warning for each folder with more than one scan, which lists them."""
-    folders: dict[Path, list[Series]] = defaultdict(list)
-    for one in series:
-        folders[one.image.parent].append(one)
-    problems = []
-    for folder, scans in folders.items():
-        if len(scans) > 1 and any(scan.stacked for scan in scans):
-            name = folder.relative_to(root).as_posix()
-            text = (
-                f"The folder {folder.name if name == '.' else name} holds {len(scans)} series: "
-                f"{first_few((scan.summary() for scan in scans), 8)}. Each is a case of its own; leave out the ones "
-                "that are not meant with data.exclude."
-            )
-            problems.append(Problem("warning", "several-series", text))
-    return problems
 
 
 def _may_be_torn(path: Path) -> bool:
