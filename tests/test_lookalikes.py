@@ -4,21 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from medtpp.config import DataOptions
-from medtpp.data.read import read_dataset
+from folders import read, touch
 from medtpp.errors import DataError
 from runs import cli, refused
-
-
-def touch(root, *names):
-    for name in names:
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(b"")
-    return root
-
-
-def read(path, **options):
-    return read_dataset(DataOptions(path=path, **options))
 
 
 def problems(dataset):

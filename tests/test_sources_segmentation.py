@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from folders import read, touch
 from medtpp.config import DataOptions
 from medtpp.data.case import Structure
 from medtpp.data.listing import split_suffix
@@ -16,17 +17,6 @@ from medtpp.data.sources._pairing import pair
 from medtpp.data.sources._structures import parse_structures
 from medtpp.data.sources.segmentation_folders import without_masks
 from medtpp.errors import DataError
-
-
-def touch(root, *names):
-    for name in names:
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(b"")
-    return root
-
-
-def read(path, **options):
-    return read_dataset(DataOptions(path=path, **options))
 
 
 def masks(dataset):
