@@ -10,24 +10,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from medtpp.config import DataOptions
+from folders import read, touch
 from medtpp.data.case import Dataset
 from medtpp.data.listing import list_images
 from medtpp.data.problems import first_few
-from medtpp.data.read import read_dataset, read_unlabelled
+from medtpp.data.read import read_unlabelled
 from medtpp.data.sources import split_of
 from medtpp.errors import DataError
-
-
-def touch(root: Path, *names: str) -> Path:
-    for name in names:
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(b"")
-    return root
-
-
-def read(path: Path, **options) -> Dataset:
-    return read_dataset(DataOptions(path=path, **options))
 
 
 def manifest(root: Path, text: str, *images: str, encoding: str = "utf-8") -> Path:

@@ -7,19 +7,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from medtpp.config import DataOptions
+from folders import read, touch
 from medtpp.data.case import Structure
-from medtpp.data.read import read_dataset
 from medtpp.errors import DataError
 
 LABELS = {"0": "background", "1": "Anterior", "2": "Posterior"}
 NNUNET = {"channel_names": {"0": "CT"}, "labels": {"background": 0, "liver": 1}, "file_ending": ".nii.gz"}
-
-
-def touch(root, *names):
-    for name in names:
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(b"")
 
 
 def make(root, content, *names):
@@ -40,10 +33,6 @@ def decathlon(root, cases, *extra, test=(), **changes):
         **changes,
     }
     return make(root, content, *names, *(f"imagesTs/{case}.nii.gz" for case in test), *extra)
-
-
-def read(path, **options):
-    return read_dataset(DataOptions(path=path, **options))
 
 
 def problems(dataset):

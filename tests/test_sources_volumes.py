@@ -11,23 +11,15 @@ from pydicom.fileset import FileSet
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
 from dicoms import VALUES, save, slices
-from medtpp.config import DataOptions
+from folders import read, touch
 from medtpp.data.case import Structure
 from medtpp.data.listing import list_images, split_suffix, stem_of
-from medtpp.data.read import read_dataset
 from medtpp.data.sources import find_images
 from medtpp.data.volumes import read_mask, read_volume
 from medtpp.errors import DataError
 from medtpp.inference.write import write_dicom_seg
 
 SECRET = "Mustermann"
-
-
-def touch(root, *names):
-    for name in names:
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(b"")
-    return root
 
 
 def write_slice(path, series, position, patient="p", modality="CT"):
@@ -57,10 +49,6 @@ def write_series(folder, positions=(0, 2, 4), patient="p", start=0, ending=".dcm
     series = generate_uid()
     for number, position in enumerate(reversed(positions), start):
         write_slice(folder / f"IM{number}{ending}", series, position, patient)
-
-
-def read(path, **options):
-    return read_dataset(DataOptions(path=path, **options))
 
 
 def problems(dataset):
