@@ -79,6 +79,19 @@ def test_values_that_nobody_named_and_structures_that_nobody_sees():
     assert "No mask shows lesion (2)" in problems["structure-absent"].message
 
 
+def test_a_foreground_that_two_programs_saved():
+    """255 in some masks, 1 in others."""
+    unnamed = (Structure("1", (1,)), Structure("255", (255,)))
+
+    def told(structures, **values):
+        dataset, scans = make(some(**{name: {"values": its} for name, its in values.items()}))
+        return {problem.code: problem.message for problem in check(replace(dataset, structures=structures), scans)}
+
+    assert "1 (in 4 cases such as m/s0) and 255 (in m/w), none" in told(unnamed, w=(0, 255))["two-foregrounds"]
+    assert told(unnamed, w=(0, 255), both=(0, 1, 255)) == {}
+    assert told((Structure("organ", (1,)), Structure("lesion", (255,))), w=(0, 255)) == {}
+
+
 def test_negative_values_are_background():
     odd = {"odd": {"values": (-1, 0, 1)}, "odder": {"values": (-2, -1, 0, 1)}}
     (problem,) = found(some(**odd)).values()

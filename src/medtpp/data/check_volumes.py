@@ -18,6 +18,7 @@ from medtpp.data.problems import agree, count, error, exclude_option, first_few,
 from medtpp.data.restore import ANISOTROPY
 from medtpp.data.volume_scan import MOST_VALUES, VolumeScan
 
+WHITE = 255  # of 8 bits, as what is not background is often saved
 MOST_LISTED = 5  # cases whose fault is told in full
 ODD_SPACING = 3.0  # times the median, or a third of it: a header in another unit, or slices of another protocol
 
@@ -198,6 +199,8 @@ def _masks(dataset: Dataset, scans: Mapping[Case, VolumeScan]) -> list[Problem]:
             "the others in data.structures if they mean something."
         )
         problems.append(warning("values-of-no-structure", text, _with_values(masks, foreign)))
+    if named == {str(value): (value,) for value in values if value > 0}:  # nobody has named them
+        problems += _foregrounds(holders)
     absent = [f"{name} ({first_few(numbers)})" for name, numbers in named.items() if holders.keys().isdisjoint(numbers)]
     if absent:
         text = f"No mask shows {first_few(absent)}: what is not there cannot be learnt."
@@ -228,6 +231,19 @@ def _negative(masks: Mapping[Case, tuple[str, VolumeScan]], holders: Mapping[int
         "possible here: it is learnt as background. Write a value above 0 in their place if they mean a structure."
     )
     return [warning("negative-values", text, _with_values(masks, negative))]
+
+
+def _foregrounds(holders: Mapping[int, Sequence[str]]) -> list[Problem]:
+    """Two values that no mask holds together, one of them 255: the foreground, as two programs save it."""
+    values = sorted(value for value in holders if value > 0)
+    if len(values) != 2 or values[1] != WHITE or set(holders[values[0]]) & set(holders[values[1]]):
+        return []
+    where = " and ".join(f"{value} (in {_some(holders[value])})" for value in values)
+    text = (
+        f"Masks hold {where}, none holds both: these count as two structures. If they mean the same: --set "
+        f"'data.structures={{foreground: {values}}}'."
+    )
+    return [warning("two-foregrounds", text)]
 
 
 def _with_values(masks: Mapping[Case, tuple[str, VolumeScan]], values: Set[int]) -> list[str]:
