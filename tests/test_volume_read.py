@@ -79,6 +79,14 @@ def test_scaling_and_units_in_a_nifti_header(tmp_path):
     assert volume.geometry.spacing == pytest.approx((0.001,) * 3)
 
 
+@pytest.mark.parametrize("code", [0, 7, 8 + 2, 255])
+def test_a_unit_that_is_none_is_millimetres_as_for_itk(tmp_path, code):
+    """The upper bits are the unit of time."""
+    path = save_nifti(tmp_path / "v.nii", affine=np.diag([1.0, 2, 3, 1]), xyzt_units=code)
+    assert read(path).geometry.spacing == (3, 2, 1)
+    assert sitk.ReadImage(str(path)).GetSpacing() == (1, 2, 3)
+
+
 @pytest.mark.parametrize("shape", [(3, 5, 6, 7), (3, 1, 5, 6, 7), (16, 5, 6, 7)])
 def test_a_fourth_axis_is_channels(tmp_path, shape):
     values = np.random.default_rng(1).random(shape).astype(np.float32)

@@ -29,7 +29,7 @@ _PLACE = (
     *("sform_code", "srow_x", "srow_y", "srow_z", "pixdim", "xyzt_units"),
 )
 
-_MILLIMETRES = {"meter": 1000.0, "mm": 1.0, "micron": 0.001, "unknown": 1.0}
+_MILLIMETRES = {1: 1000.0, 2: 1.0, 3: 0.001}  # by the header's code; no other is one, and ITK takes those for mm, too
 
 
 def read_nifti(path: Path) -> Volume:
@@ -120,7 +120,7 @@ def _channels(values: NDArray[Any]) -> NDArray[Any]:
 
 
 def _geometry(header: Any, shape: tuple[int, ...]) -> Geometry:
-    unit = _MILLIMETRES[header.get_xyzt_units()[0]]
+    unit = _MILLIMETRES.get(int(header["xyzt_units"]) & 7, 1.0)
     spacing = [float(step) * unit for step in header.get_zooms()[: len(shape)][::-1]]
     affine = _affine(header)
     if affine is None or len(shape) < 3:
