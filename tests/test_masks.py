@@ -277,7 +277,7 @@ def test_negative_values_are_background_from_check_to_predict(tmp_path):
     ]
     for result in said:
         assert "count as background: -1 (in 6 cases such as masks/p0.nii.gz)" in result.text
-    assert "structures foreground in 6 masks" in said[0].text
+    assert "structures foreground in 6 of 6 masks" in said[0].text
     adapter = out / "finetune" / "adapter"
     assert read_card(adapter).task.structures == (Structure("foreground", (1,)),)
     done("predict", adapter, folder / "images" / "p0.nii.gz", "-o", tmp_path / "masks")
