@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from medtpp.cli._common import Modality, Settings, Source, console, decoding, experiment_from, show_problems
+from medtpp.data.problems import count
 
 if TYPE_CHECKING:
     from medtpp.data.check import DatasetSummary
@@ -31,7 +32,7 @@ def check(data: Source, modality: Modality = None, settings: Settings = None) ->
         console.print(f"[bold]unlabelled[/bold] {found.unlabelled} more images for TPP")
     errors = sum(problem.severity == "error" for problem in found.problems)
     warnings = len(found.problems) - errors
-    counts = f"{errors} error{'s' * (errors != 1)}, {warnings} warning{'s' * (warnings != 1)}."
+    counts = f"{count(errors, 'error')}, {count(warnings, 'warning')}."
     console.print(counts if found.problems else "No problems found.", style="bold")
     if errors:
         raise typer.Exit(2)
@@ -54,7 +55,7 @@ def show_summary(summary: DatasetSummary, title: str) -> None:
         if spread:
             table.add_row(name, f"{_range(spread)} px")
     if summary.bits:
-        depth = ", ".join(f"{bits} bit: {count}" for bits, count in summary.bits.items())
+        depth = ", ".join(f"{bits} bit: {images}" for bits, images in summary.bits.items())
         table.add_row("depth", f"{depth}; {summary.colour or 'none'} in colour")
     if volumes:
         _add_volumes(table, volumes)
@@ -63,7 +64,7 @@ def show_summary(summary: DatasetSummary, title: str) -> None:
         table.add_row("sites", _counts(summary.sites))
     for split in dict.fromkeys([*summary.splits, *(volumes.splits if volumes else {})]):
         parts = [_counts(summary.splits[split])] if summary.splits.get(split) else []
-        parts += [f"{volumes.splits[split]} masks"] if volumes and split in volumes.splits else []
+        parts += [count(volumes.splits[split], "mask")] if volumes and split in volumes.splits else []
         table.add_row(split, "; ".join(parts))
     console.print(table)
 
@@ -74,16 +75,15 @@ def _add_volumes(table: Table, volumes: VolumeSummary) -> None:
     if volumes.spacing:
         _add_axes(table, "spacing", volumes.spacing, " mm")
         if volumes.unknown:
-            table.add_row("", f"unknown in {volumes.unknown} case{'s' * (volumes.unknown != 1)}")
+            table.add_row("", f"unknown in {count(volumes.unknown, 'case')}")
     elif len(volumes.size) == 3:
         table.add_row("spacing", "unknown")
-    table.add_row("values", _alternatives({_UNITS[unit]: count for unit, count in volumes.units.items()}))
-    table.add_row("channels", _alternatives({str(number): count for number, count in volumes.channels.items()}))
+    table.add_row("values", _alternatives({_UNITS[unit]: scans for unit, scans in volumes.units.items()}))
+    table.add_row("channels", _alternatives({str(number): scans for number, scans in volumes.channels.items()}))
     if volumes.masks:
         table.add_row("masks", str(volumes.masks))
-        shown = ", ".join(f"{name} in {count}" for name, count in volumes.structures.items())
-        total = f"{volumes.masks} mask{'s' * (volumes.masks != 1)}"
-        table.add_row("structures", f"{shown} of {total}" if shown else "none")
+        shown = ", ".join(f"{name} in {masks}" for name, masks in volumes.structures.items())
+        table.add_row("structures", f"{shown} of {count(volumes.masks, 'mask')}" if shown else "none")
 
 
 def _add_axes(table: Table, name: str, axes: tuple[Spread, ...], unit: str) -> None:

@@ -25,13 +25,14 @@ def pretrain(
     Fields for --set: steps, batch_size, learning_rate, architecture, pretext.mask_ratio, augment.crop_min,
     hardware.precision and others.
     """
+    from medtpp.data.problems import agree, count
     from medtpp.workflow.pretrain import PretrainJob, load_job, pretrain_backbone
 
     job: PretrainJob = load_job(images, settings or [], modality=modality, image_size=image_size, seed=seed)
     with decoding() as progress:
         result, unreadable = pretrain_backbone(job, out, resume=resume, overwrite=overwrite, progress=progress)
     if unreadable:
-        what = "image could not be read and was" if unreadable == 1 else "images could not be read and were"
-        errors.print(f"{unreadable} {what} left out; see `medtpp check`.")
+        left = f"{count(unreadable, 'image')} could not be read and {agree(unreadable, 'was', 'were')} left out"
+        errors.print(f"{left}; see `medtpp check`.")
     show_stage("pretrain", result)
     show_paths(backbone=out, use=f"medtpp run DATA --out FOLDER --set backbone.name={out}")

@@ -171,6 +171,7 @@ def _masks(dataset: Dataset, scans: Mapping[Case, VolumeScan]) -> list[Problem]:
         for value in scan.values or ():
             holders[value].append(name)
     values = sorted(set(holders) - {0})
+    above = [value for value in values if value > 0]
     if not dataset.structures and len(values) > MOST_VALUES:
         text = (
             f"The masks hold {len(values)} different values, from {values[0]} to {values[-1]}: more grey levels than "
@@ -191,16 +192,15 @@ def _masks(dataset: Dataset, scans: Mapping[Case, VolumeScan]) -> list[Problem]:
         if wanted:
             text += " Correct data.structures, or dataset.json."
         return [error("no-structures", text, empty), *problems]
-    foreign = {value for value in values if value > 0}.difference(*named.values()) if named else set()
+    foreign = set(above).difference(*named.values()) if named else set()
     if foreign:
-        where = first_few((f"{value} (in {_some(holders[value])})" for value in sorted(foreign)), 8)
         text = (
-            f"Values in masks that belong to no structure count as background: {where}. Structures are {wanted}; name "
-            "the others in data.structures if they mean something."
+            f"Values in masks that belong to no structure count as background: {_where(foreign, holders)}. Structures "
+            f"are {wanted}; name the others in data.structures if they mean something."
         )
         problems.append(warning("values-of-no-structure", text, _with_values(masks, foreign)))
-    if named == {str(value): (value,) for value in values if value > 0}:  # nobody has named them
-        problems += _foregrounds(holders)
+    if named == {str(value): (value,) for value in above}:  # nobody has named them
+        problems += _foregrounds(above, holders)
     absent = [f"{name} ({first_few(numbers)})" for name, numbers in named.items() if holders.keys().isdisjoint(numbers)]
     if absent:
         text = f"No mask shows {first_few(absent)}: what is not there cannot be learnt."
@@ -225,25 +225,34 @@ def _negative(masks: Mapping[Case, tuple[str, VolumeScan]], holders: Mapping[int
     negative = {value for value in holders if value < 0}
     if not negative:
         return []
-    where = first_few((f"{value} (in {_some(holders[value])})" for value in sorted(negative)), 8)
     text = (
-        f"Negative values in masks count as background: {where}. Often they mark what is to be ignored, which is not "
-        "possible here: it is learnt as background. Write a value above 0 in their place if they mean a structure."
+        f"Negative values in masks count as background: {_where(negative, holders)}. Often they mark what is to be "
+        "ignored, which is not possible here: it is learnt as background. Write a value above 0 in their place if they "
+        "mean a structure."
     )
     return [warning("negative-values", text, _with_values(masks, negative))]
 
 
-def _foregrounds(holders: Mapping[int, Sequence[str]]) -> list[Problem]:
-    """Two values that no mask holds together, one of them 255: the foreground, as two programs save it."""
-    values = sorted(value for value in holders if value > 0)
+def _foregrounds(values: Sequence[int], holders: Mapping[int, Sequence[str]]) -> list[Problem]:
+    """Two values that no mask holds together, one of them 255: the foreground, as two programs save it.
+
+    Args:
+        values: Above 0, sorted.
+        holders: Names of masks by value.
+    """
     if len(values) != 2 or values[1] != WHITE or set(holders[values[0]]) & set(holders[values[1]]):
         return []
-    where = " and ".join(f"{value} (in {_some(holders[value])})" for value in values)
+    where = " and ".join(_where([value], holders) for value in values)
     text = (
-        f"Masks hold {where}, none holds both: these count as two structures. If they mean the same: --set "
-        f"'data.structures={{foreground: {values}}}'."
+        f"Masks hold {where}, none holds both: these count as two structures. If they mean the same: "
+        f"--set 'data.structures={{foreground: {list(values)}}}'."
     )
     return [warning("two-foregrounds", text)]
+
+
+def _where(values: Iterable[int], holders: Mapping[int, Sequence[str]]) -> str:
+    """Values, and which masks hold them."""
+    return first_few((f"{value} (in {_some(holders[value])})" for value in sorted(values)), 8)
 
 
 def _with_values(masks: Mapping[Case, tuple[str, VolumeScan]], values: Set[int]) -> list[str]:

@@ -19,14 +19,18 @@ def warning(code: str, text: str, cases: Iterable[str] = ()) -> Problem:
     return Problem("warning", code, text, tuple(cases))
 
 
-def count(items: Sized, noun: str) -> str:
+def count(items: Sized | int, noun: str) -> str:
     """How many, such as "1 image" and "2 images"."""
-    return f"{len(items)} {noun}{'' if len(items) == 1 else 's'}"
+    return f"{_number(items)} {noun}{agree(items, '', 's')}"
 
 
-def agree(items: Sized, one: str, several: str) -> str:
+def agree(items: Sized | int, one: str, several: str) -> str:
     """The word that goes with a number of items, such as "is" or "are"."""
-    return one if len(items) == 1 else several
+    return one if _number(items) == 1 else several
+
+
+def _number(items: Sized | int) -> int:
+    return items if isinstance(items, int) else len(items)
 
 
 def first_few(items: Iterable[object], limit: int = 5) -> str:

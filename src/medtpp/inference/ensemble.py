@@ -84,7 +84,8 @@ def check_alike(adapters: Sequence[Adapter], names: Sequence[str]) -> None:
     if problems:
         prepared = any(problem.startswith(_PREPARED) for problem in problems)
         raise WeightsError(
-            "These adapters do not predict the same thing, so they cannot be averaged." + _ONE_FILE * prepared,
+            "These adapters do not predict the same thing, so they cannot be averaged."
+            + (_ONE_FILE if prepared else ""),
             problems,
         )
 

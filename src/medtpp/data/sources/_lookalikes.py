@@ -47,11 +47,11 @@ def refuse_masks_as_classes(root: Path, images: Sequence[ImageFile], classes: Ma
         for other in pairs:
             shared = len(stems[folder] & stems[other])
             if shared >= _SHARED * len(stems[folder]):
-                text = (
+                raise DataError(
                     f"{root}: {folder}/ and {other}/ look like masks and their images, not like classes: {shared} of "
+                    f"{len(stems[folder])} names are the same in both. What are they?",
+                    _ways(root, other),
                 )
-                text += f"{len(stems[folder])} names are the same in both. What are they?"
-                raise DataError(text, _ways(root, other))
     masks = _inside(images)
     if masks:
         patterns = sorted({f"*/{PurePosixPath(name).parent.name}/*" for name in masks})

@@ -11,6 +11,7 @@ import numpy as np
 
 from medtpp.data.case import Problem
 from medtpp.data.listing import list_images
+from medtpp.data.problems import count
 from medtpp.data.volumes.dicom import EXPORT_SPACING, no_volume
 from medtpp.data.volumes.header import PROJECTIONS, Header, is_dicom, read_header
 from medtpp.data.volumes.stack import doubled, in_order, stack_problems
@@ -53,7 +54,7 @@ class Series:
         plane = " x ".join(map(str, self.size[-2:]))
         if len(self.size) == 2:
             return f"{self.modality}, {plane}"
-        return f"{self.modality}, {self.size[0]} slice{'s' * (self.size[0] > 1)} of {plane}"
+        return f"{self.modality}, {count(self.size[0], 'slice')} of {plane}"
 
 
 def find_series(folder: Path) -> list[Series]:

@@ -304,7 +304,7 @@ def notes_of(comparison: Comparison, scores: list[Scores]) -> list[str]:
             "it is left out there."
         )
     if comparison.axes.seeds < 10:
-        notes.append(f"{count(range(comparison.axes.seeds), 'seed')}: with few labels at least 10 are advised.")
+        notes.append(f"{count(comparison.axes.seeds, 'seed')}: with few labels at least 10 are advised.")
     if not any(case.patient for case in comparison.prepared.dataset.cases):
         notes.append("No patient is known: the bootstrap draws cases, and intervals are too narrow if patients repeat.")
     return notes
